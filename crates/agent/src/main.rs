@@ -1,0 +1,2 @@
+//! The sandboxed VM agent: relay and inspector.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The host protocol (.proto), HTTP documents and conversions.

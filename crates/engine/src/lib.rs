@@ -1,0 +1,1 @@
+//! Pure deciders: hand-over, admission, inspection.

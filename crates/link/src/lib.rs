@@ -1,0 +1,1 @@
+//! The only room that names rustls: identities, mTLS, permit-bound channels.

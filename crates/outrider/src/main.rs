@@ -1,0 +1,2 @@
+//! The outrider command.
+fn main() {}

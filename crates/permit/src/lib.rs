@@ -1,0 +1,1 @@
+//! Signed things: permits, votes, renunciations, receipts, audit checkpoints.

@@ -1,0 +1,1 @@
+//! The database module: schema, transactions, audit chain.

@@ -1,0 +1,1 @@
+//! Bounded, total codecs: QEMU migration stream, QMP, channel frames, agent control.
