@@ -1,0 +1,150 @@
+//! HTTP documents (`/v1/…`). Keys carry their units and never change their meaning.
+
+use serde::{Deserialize, Serialize};
+use types::host::{Capacity, HostSpec, HostState, Interface, Load};
+use types::inventory::Inventory;
+use types::vm::{VmSpec, VmState};
+use types::{HostName, MigrationId, Name, Nonce};
+
+/// `POST /v1/hosts` answers so: the only time that the token is shown.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HostAdded {
+    /// The record.
+    pub host: HostView,
+    /// Single-use join token; it carries the manager's address and the CA's fingerprint.
+    pub join_token: String,
+}
+
+/// `POST /v1/hosts` takes a [`HostSpec`].
+pub type AddHost = HostSpec;
+
+/// A host as `GET /v1/hosts` shows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HostView {
+    /// Its name.
+    pub name: HostName,
+    /// Its identity.
+    pub spiffe_id: String,
+    /// How it stands.
+    pub state: HostState,
+    /// `unattested` until there is attestation.
+    pub attestation: String,
+    /// From the record.
+    pub control_address: String,
+    /// From the record.
+    pub migration_address: String,
+    /// From the record.
+    pub macs: Vec<String>,
+    /// From the record.
+    pub capacity: Capacity,
+    /// From the record.
+    pub zone: String,
+    /// VMs that the registry places there.
+    pub vms: Vec<Name>,
+    /// Last measured load.
+    pub load: Option<Load>,
+    /// As last reported.
+    pub interfaces: Vec<Interface>,
+    /// Version of its daemon.
+    pub version: Option<String>,
+    /// RFC 3339.
+    pub last_seen: Option<String>,
+}
+
+/// `POST /v1/vms` takes a [`VmSpec`]; this is a VM as `GET /v1/vms` shows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmView {
+    /// The spec.
+    pub spec: VmSpec,
+    /// Digest of the spec.
+    pub spec_digest: String,
+    /// How it stands.
+    pub state: VmState,
+    /// Host that holds it.
+    pub host: Option<HostName>,
+    /// Epoch of its location.
+    pub epoch: u64,
+    /// Open migration, if any.
+    pub migration: Option<MigrationId>,
+    /// As enrolled when it started.
+    pub inventory: Option<Inventory>,
+}
+
+/// `POST /v1/vms/{name}/start`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartVm {
+    /// Where.
+    pub host: HostName,
+}
+
+/// `POST /v1/migrations`: an operator's intent. The nonce and time stamp make a captured request useless.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Migrate {
+    /// The VM.
+    pub vm: Name,
+    /// Where to.
+    pub target: HostName,
+    /// Where the caller believes it is; refused when wrong. Optional.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<HostName>,
+    /// Never used before.
+    pub nonce: Nonce,
+    /// Milliseconds since the Unix epoch.
+    pub timestamp_unix_ms: u64,
+}
+
+/// `POST /v1/migrations` answers 202 with this.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MigrateAccepted {
+    /// Follow it at `/v1/migrations/{id}`.
+    pub id: MigrationId,
+}
+
+/// `GET /v1/audit/verify`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AuditVerified {
+    /// Whether the chain is whole.
+    pub verified: bool,
+    /// How many entries.
+    pub entries: u64,
+    /// Hash of the last.
+    pub head: String,
+    /// Sequence number of the first bad entry.
+    pub first_bad: Option<u64>,
+    /// What is wrong with it.
+    pub detail: Option<String>,
+}
+
+/// One audit entry as `GET /v1/audit` shows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AuditEntry {
+    /// Counts up by one.
+    pub sequence: u64,
+    /// RFC 3339.
+    pub at: String,
+    /// Who.
+    pub actor: String,
+    /// What, e.g. `permit.issue`.
+    pub action: String,
+    /// On what.
+    pub subject: String,
+    /// Details.
+    pub detail: serde_json::Value,
+    /// Chain hash, hexadecimal.
+    pub hash: String,
+}
+
+/// A server-sent event on `/v1/events` (`event: migration`, data: this).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MigrationEvent {
+    /// The migration.
+    pub migration: MigrationId,
+    /// RFC 3339.
+    pub at: String,
+    /// Kind, as in the host protocol.
+    pub kind: String,
+    /// Details.
+    pub detail: serde_json::Value,
+}
