@@ -129,6 +129,8 @@ pub enum Statement {
     Running(RunningReceipt),
     /// The target will never run this attempt: its copy is dead. Only this frees a frozen source.
     Renounced(Renunciation),
+    /// The source, which still holds its frozen QEMU, asks the target to renounce (directly or through the manager).
+    AskRenounce(RenounceRequest),
     /// The source's frozen copy is destroyed.
     Released(ReleaseReceipt),
     /// The source let its guest run again, on the proof that it names.
@@ -217,6 +219,16 @@ pub struct Renunciation {
     pub target: HostName,
     /// The journal that holds the entry: a restored or replaced journal has another id.
     pub journal: Nonce,
+}
+
+/// See [`Statement::AskRenounce`]. Only a source whose frozen QEMU is alive may sign it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RenounceRequest {
+    /// The attempt.
+    pub key: HandoverKey,
+    /// Digest of the permit's token.
+    pub permit: Digest,
 }
 
 /// See [`Statement::Released`].
