@@ -1,0 +1,417 @@
+//! The device state: everything from the first device section to the last byte of the description.
+//!
+//! Device sections have no length on the wire. The description at the end of the stream has the lengths, but the
+//! sender wrote it and QEMU does not read it, so it is no authority. What makes the reading sound is the
+//! **unique cut**: QEMU consumes some number of bytes for a section and then demands the footer with that
+//! section's id and a known type byte behind it. When, in all the bytes that QEMU will ever get, only one place
+//! looks like that, QEMU either stops exactly there or gives up before it reads anything else. Where a section's
+//! own state may contain such a place by chance, its length must be known from its layout alone (see
+//! [`layout_length`]); anything else is refused.
+
+use super::parser::SectionHeader;
+use super::*;
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The longest description that is looked at.
+pub const MAX_DESCRIPTION_BYTES: usize = 4 << 20;
+/// The most device sections; real machines have under a hundred.
+pub const MAX_DEVICE_SECTIONS: usize = 4096;
+/// Section ids are small; below this bound an id's footer holds a NUL, which a description can't contain.
+const MAX_SECTION_ID: u32 = 1 << 24;
+const MAX_JSON_DEPTH: usize = 64;
+/// End mark, type byte and length before the description.
+const DESCRIPTION_HEADER_BYTES: usize = 6;
+const FOOTER_BYTES: usize = 5;
+
+/// One device section.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceSection<'a> {
+    /// Section id, chosen by the sender.
+    pub id: u32,
+    /// Its idstr: printable ASCII.
+    pub name: &'a str,
+    /// Its instance.
+    pub instance: u32,
+    /// Its version.
+    pub version: u32,
+    /// Where its header starts in the blob.
+    pub start: usize,
+    /// Its state.
+    pub payload: std::ops::Range<usize>,
+}
+
+/// A complete device state, cut into sections.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceState<'a> {
+    /// The sections in stream order.
+    pub sections: Vec<DeviceSection<'a>>,
+    /// Where the end mark is.
+    pub end_mark: usize,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Description {
+    page_size: u64,
+    devices: Vec<DescribedDevice>,
+    #[serde(default, rename = "configuration")]
+    _configuration: serde::de::IgnoredAny,
+}
+
+#[derive(Deserialize)]
+struct DescribedDevice {
+    name: String,
+    instance_id: u64,
+    #[serde(default)]
+    version: Option<u64>,
+    #[serde(default)]
+    fields: Vec<DescribedField>,
+    #[serde(default)]
+    subsections: Vec<DescribedSubsection>,
+}
+
+#[derive(Deserialize)]
+struct DescribedField {
+    size: u64,
+    #[serde(default)]
+    array_len: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct DescribedSubsection {
+    vmsd_name: String,
+    #[serde(default)]
+    fields: Vec<DescribedField>,
+    #[serde(default)]
+    subsections: Vec<DescribedSubsection>,
+}
+
+/// Type, name length and version around a subsection's name and body.
+const SUBSECTION_HEADER_BYTES: u64 = 6;
+
+fn described_length(fields: &[DescribedField], subsections: &[DescribedSubsection]) -> Option<u64> {
+    let mut total = 0u64;
+    for field in fields {
+        total = total.checked_add(field.size.checked_mul(field.array_len.unwrap_or(1))?)?;
+    }
+    for sub in subsections {
+        let body = described_length(&sub.fields, &sub.subsections)?;
+        let name = sub.vmsd_name.len() as u64;
+        total = total.checked_add(SUBSECTION_HEADER_BYTES)?.checked_add(name)?.checked_add(body)?;
+    }
+    Some(total)
+}
+
+/// The length of a section where its layout alone gives it, as the destination will read it whatever the
+/// description says; nothing where the layout is not known here.
+///
+/// `timer` is three 64-bit integers; its id is 0, whose footer is a common pattern in other devices' state. The
+/// TPM emulator's state is three blobs, each behind its own size, and full of arbitrary bytes.
+fn layout_length(name: &str, version: u32, payload: &[u8]) -> Option<Option<usize>> {
+    match (name, version) {
+        ("timer", 2) => Some(Some(24)),
+        ("tpm-emulator", 0) => Some(tpm_emulator_length(payload)),
+        _ => None,
+    }
+}
+
+fn tpm_emulator_length(payload: &[u8]) -> Option<usize> {
+    let mut at = 0usize;
+    for _blob in 0..3 {
+        let size = be32(payload, at.checked_add(4)?)? as usize;
+        at = at.checked_add(8)?.checked_add(size)?;
+    }
+    Some(at)
+}
+
+/// Whether a description that starts at `at` (its end mark) is declared to end at `end`.
+fn declared_end(blob: &[u8], at: usize) -> Option<usize> {
+    if *blob.get(at)? != SECTION_EOF || *blob.get(at + 1)? != VM_DESCRIPTION {
+        return None;
+    }
+    let len = be32(blob, at + 2)? as usize;
+    (len <= MAX_DESCRIPTION_BYTES).then(|| at + DESCRIPTION_HEADER_BYTES + len)
+}
+
+/// Finds the ends that descriptions declare, as the bytes come in. Keeps only their offsets.
+#[derive(Debug, Clone, Default)]
+pub struct DescriptionScanner {
+    /// Where scanning goes on.
+    next: usize,
+    /// Declared ends that are still ahead: few in honest streams, capped against hostile ones.
+    ends: BTreeSet<usize>,
+}
+
+impl DescriptionScanner {
+    const MAX_ENDS: usize = 1024;
+
+    /// Looks at what was added to `blob`; true when a description is declared to end at its last byte.
+    pub fn at_end(&mut self, blob: &[u8]) -> bool {
+        let whole = blob.len().saturating_sub(DESCRIPTION_HEADER_BYTES);
+        while self.next < whole {
+            // A footer comes before the end mark and an opening brace after the length: enough to skip chance hits.
+            let footer_before = self.next >= FOOTER_BYTES && blob.get(self.next - FOOTER_BYTES) == Some(&FOOTER);
+            if footer_before
+                && blob.get(self.next + DESCRIPTION_HEADER_BYTES) == Some(&b'{')
+                && let Some(end) = declared_end(blob, self.next)
+                && self.ends.len() < Self::MAX_ENDS
+            {
+                self.ends.insert(end);
+            }
+            self.next += 1;
+        }
+        self.ends = self.ends.split_off(&blob.len());
+        self.ends.contains(&blob.len())
+    }
+}
+
+struct Reader<'a> {
+    blob: &'a [u8],
+    base: u64,
+}
+
+impl<'a> Reader<'a> {
+    fn violation(
+        &self,
+        rule: &'static str,
+        at: usize,
+        section: &str,
+        expected: impl Into<String>,
+        found: impl AsRef<str>,
+    ) -> Violation {
+        Violation::new(rule, self.base + at as u64, section, expected, found)
+    }
+
+    /// The end mark whose description ends exactly at the last byte.
+    fn end_mark(&self) -> Result<usize, Violation> {
+        let blob = self.blob;
+        let last = blob.len().saturating_sub(DESCRIPTION_HEADER_BYTES);
+        let mut exact = None;
+        let mut junk_behind = None;
+        for at in 0..=last {
+            let Some(end) = declared_end(blob, at) else { continue };
+            let footer_before = at >= FOOTER_BYTES && blob.get(at - FOOTER_BYTES) == Some(&FOOTER);
+            if end == blob.len() {
+                if exact.is_some() {
+                    return Err(self.violation("INV-E2", at, "description", "one description", "two readings"));
+                }
+                exact = Some(at);
+            } else if end < blob.len() && footer_before && blob.get(end - 1) == Some(&b'}') {
+                junk_behind = Some((at, end));
+            }
+        }
+        match (exact, junk_behind) {
+            (Some(at), _) => Ok(at),
+            (None, Some((_, end))) => {
+                let found = format!("{} more bytes", blob.len() - end);
+                Err(self.violation("INV-E3", end, "description", "nothing behind the description", found))
+            }
+            (None, None) => {
+                let expected = "an end mark and a description that ends at the last byte";
+                Err(self.violation("INV-E2", blob.len(), "description", expected, "none"))
+            }
+        }
+    }
+
+    fn description(&self, end_mark: usize, page_size: u32) -> Result<Description, Violation> {
+        let start = end_mark + DESCRIPTION_HEADER_BYTES;
+        let json = self.blob.get(start..).unwrap_or_default();
+        let bad = |found: String| self.violation("INV-E2", start, "description", "a strict description", found);
+        if let Some(what) = json_trouble(json) {
+            return Err(bad(what.to_owned()));
+        }
+        // The parser's own message could quote the sender's text; its place is enough.
+        let description: Description = serde_json::from_slice(json)
+            .map_err(|e| bad(format!("malformed JSON at column {}", e.column())))?;
+        if description.page_size != u64::from(page_size) {
+            return Err(bad(format!("page size {}", description.page_size)));
+        }
+        if description.devices.len() > MAX_DEVICE_SECTIONS {
+            return Err(bad(format!("{} devices", description.devices.len())));
+        }
+        Ok(description)
+    }
+
+    /// Type byte of the section at `at`, which must be a device.
+    fn expect_device(&self, at: usize) -> Result<SectionHeader<'a>, Violation> {
+        let bytes = self.blob.get(at..).unwrap_or_default();
+        let (rule, found) = match bytes.first() {
+            Some(&SECTION_FULL) => {
+                return SectionHeader::read(bytes).ok_or_else(|| {
+                    self.violation("INV-S1", at, "devices", "a whole section header", "the end of the stream")
+                });
+            }
+            Some(&SECTION_START) => match SectionHeader::read(bytes) {
+                Some(header) if header.name == b"ram" => ("INV-S6", "START of ram again".to_owned()),
+                _ => ("INV-S8", "START".to_owned()),
+            },
+            Some(&SECTION_PART) => ("INV-S9", "PART after END".to_owned()),
+            Some(&SECTION_END) => ("INV-S11", "END after END".to_owned()),
+            Some(&COMMAND) => match be16(bytes, 1) {
+                Some(8) => ("INV-C2", "ENABLE_COLO".to_owned()),
+                Some(command @ 3..=7) => ("INV-C3", format!("command {command}")),
+                Some(11) => ("INV-C9", "SWITCHOVER_START".to_owned()),
+                command => ("INV-C1", format!("command {}", command.unwrap_or(0))),
+            },
+            Some(&SECTION_EOF) => ("INV-S10", "the end mark".to_owned()),
+            Some(other) => ("INV-S1", format!("{other:#04x}")),
+            None => ("INV-E3", "the end of the stream".to_owned()),
+        };
+        Err(self.violation(rule, at, "devices", "a device section", found))
+    }
+
+    fn section(
+        &self,
+        at: usize,
+        described: &DescribedDevice,
+        seen: &mut Seen<'a>,
+    ) -> Result<DeviceSection<'a>, Violation> {
+        let header = self.expect_device(at)?;
+        let shown = printable(header.name);
+        let name = std::str::from_utf8(header.name)
+            .ok()
+            .filter(|name| !name.is_empty() && name.bytes().all(|b| (0x20..0x7f).contains(&b)))
+            .ok_or_else(|| self.violation("INV-S5", at, &shown, "a printable name", &shown))?;
+        seen.check(self, at, name, &header)?;
+        if described.name != name
+            || described.instance_id != u64::from(header.instance)
+            || described.version.is_some_and(|version| version != u64::from(header.version))
+        {
+            let expected = format!("{:?}, instance {}", described.name, described.instance_id);
+            let found = format!("{name:?}, instance {}", header.instance);
+            return Err(self.violation("INV-E2", at, name, expected.chars().take(120).collect::<String>(), found));
+        }
+        let start = at + header.len;
+        let length = described_length(&described.fields, &described.subsections)
+            .and_then(|length| usize::try_from(length).ok())
+            .filter(|length| *length <= self.blob.len() - start)
+            .ok_or_else(|| self.violation("INV-D2", at, name, "a length inside the stream", "a larger one"))?;
+        let payload = start..start + length;
+        self.footer(payload.end, name, header.id)?;
+        Ok(DeviceSection { id: header.id, name, instance: header.instance, version: header.version, start: at, payload })
+    }
+
+    fn footer(&self, at: usize, name: &str, id: u32) -> Result<(), Violation> {
+        if self.blob.get(at) != Some(&FOOTER) || be32(self.blob, at + 1) != Some(id) {
+            let expected = "its own footer where the description ends it";
+            return Err(self.violation("INV-D2", at, name, expected, "something else"));
+        }
+        Ok(())
+    }
+
+    /// Layout where it is known, otherwise one candidate end only (see the module's documentation).
+    fn unique_cuts(&self, sections: &[DeviceSection<'a>]) -> Result<(), Violation> {
+        let mut by_id = BTreeMap::new();
+        for section in sections {
+            let payload = self.blob.get(section.payload.start..).unwrap_or_default();
+            match layout_length(section.name, section.version, payload) {
+                Some(length) if length == Some(section.payload.len()) => {}
+                Some(length) => {
+                    let expected = format!("{} bytes by its layout", length.unwrap_or(0));
+                    let found = format!("{} bytes", section.payload.len());
+                    return Err(self.violation("INV-D2", section.start, section.name, expected, found));
+                }
+                None => {
+                    by_id.insert(section.id, section);
+                }
+            }
+        }
+        let next_is_type = |byte: Option<&u8>| matches!(byte, Some(0..=4 | 8));
+        for (at, _) in self.blob.iter().enumerate().filter(|(_, byte)| **byte == FOOTER) {
+            let Some(section) = be32(self.blob, at + 1).and_then(|id| by_id.get(&id)) else { continue };
+            if at >= section.payload.start
+                && at != section.payload.end
+                && next_is_type(self.blob.get(at + FOOTER_BYTES))
+            {
+                return Err(self.violation("INV-D3", at, section.name, "one possible end", "a second one"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Names and ids that have come.
+struct Seen<'a> {
+    names: BTreeSet<(&'a str, u32)>,
+    ids: BTreeSet<u32>,
+}
+
+impl<'a> Seen<'a> {
+    fn check(
+        &mut self,
+        reader: &Reader<'a>,
+        at: usize,
+        name: &'a str,
+        header: &SectionHeader<'a>,
+    ) -> Result<(), Violation> {
+        if name == "ram" {
+            return Err(reader.violation("INV-S8", at, name, "ram as START only", "FULL"));
+        }
+        if header.id >= MAX_SECTION_ID {
+            let expected = format!("an id below {MAX_SECTION_ID}");
+            return Err(reader.violation("INV-S2", at, name, expected, header.id.to_string()));
+        }
+        if !self.names.insert((name, header.instance)) {
+            let found = format!("{name:?}, instance {} again", header.instance);
+            return Err(reader.violation("INV-S6", at, name, "each device once", found));
+        }
+        if !self.ids.insert(header.id) {
+            return Err(reader.violation("INV-S2", at, name, "an id of its own", format!("id {} again", header.id)));
+        }
+        Ok(())
+    }
+}
+
+/// What keeps a description from being looked at, if anything: NULs (a footer could hide in it) and depth.
+fn json_trouble(json: &[u8]) -> Option<&'static str> {
+    if json.first() != Some(&b'{') {
+        return Some("no JSON object");
+    }
+    let (mut depth, mut in_string, mut escaped) = (0usize, false, false);
+    for byte in json {
+        match byte {
+            0..0x20 | 0x7f.. => return Some("a byte outside printable ASCII"),
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'{' | b'[' if !in_string => depth += 1,
+            b'}' | b']' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth > MAX_JSON_DEPTH {
+            return Some("too many levels");
+        }
+    }
+    None
+}
+
+impl<'a> DeviceState<'a> {
+    /// Reads a complete device state. `base` is the blob's offset in the stream, `ram_id` the id that `ram` has.
+    ///
+    /// # Errors
+    /// The first broken rule.
+    pub fn read(blob: &'a [u8], base: u64, ram_id: u32, page_size: u32) -> Result<Self, Violation> {
+        let reader = Reader { blob, base };
+        // Name what comes first before the end is looked for: a RAM section after END is that, not a missing end.
+        if blob.first() != Some(&SECTION_FULL) {
+            reader.expect_device(0)?;
+        }
+        let end_mark = reader.end_mark()?;
+        let description = reader.description(end_mark, page_size)?;
+        let mut seen = Seen { names: BTreeSet::new(), ids: BTreeSet::from([ram_id]) };
+        let mut sections = Vec::with_capacity(description.devices.len());
+        let mut at = 0;
+        for described in &description.devices {
+            let section = reader.section(at, described, &mut seen)?;
+            at = section.payload.end + FOOTER_BYTES;
+            sections.push(section);
+        }
+        if at != end_mark {
+            reader.expect_device(at)?;
+            return Err(reader.violation("INV-E2", at, "devices", "as many devices as described", "more"));
+        }
+        reader.unique_cuts(&sections)?;
+        Ok(Self { sections, end_mark })
+    }
+}
