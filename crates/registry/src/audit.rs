@@ -1,0 +1,233 @@
+//! The audit log: hash-chained, appended in the same transaction as what it records.
+//!
+//! Each hash covers the hash before it, the sequence number and the canonical JSON of the entry, so that an edit,
+//! a removal or a reordering shows at the first entry that it touches. The head is kept in a row of its own, and
+//! the manager keeps an anchor outside the database: cutting off the tail, or putting back an older file, shows
+//! against that.
+
+use crate::error::RegistryError;
+use crate::tx::{Tx, column, document, unsigned};
+use serde::Serialize;
+use serde_json::Value;
+use sqlx::any::AnyRow;
+use types::Digest;
+
+/// Entries are read in pages of this size when the chain is verified: the log may be longer than memory.
+const PAGE_ENTRIES: i64 = 1_000;
+/// Domain of the chain's hashes.
+const DOMAIN: &[u8] = b"outrider-audit-v1";
+
+/// One entry.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AuditRecord {
+    /// Counts up by one from 1.
+    pub sequence: u64,
+    /// Microseconds since the Unix epoch.
+    pub at_us: i64,
+    /// Who.
+    pub actor: String,
+    /// What.
+    pub action: String,
+    /// On what.
+    pub subject: String,
+    /// Details.
+    pub detail: Value,
+    /// Chain hash.
+    pub hash: Digest,
+}
+
+/// What verifying the chain found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AuditVerdict {
+    /// Every entry is where and what it was.
+    Whole {
+        /// How many.
+        entries: u64,
+        /// Hash of the last.
+        head: Digest,
+    },
+    /// Someone changed it.
+    Broken {
+        /// The first entry that is wrong or missing.
+        first_bad: u64,
+        /// How.
+        detail: String,
+        /// How many entries are good before it.
+        entries: u64,
+    },
+}
+
+#[derive(Serialize)]
+struct Payload<'a> {
+    sequence: u64,
+    at_us: i64,
+    actor: &'a str,
+    action: &'a str,
+    subject: &'a str,
+    detail: &'a Value,
+}
+
+impl AuditRecord {
+    fn read(row: &AnyRow) -> Result<Self, RegistryError> {
+        let hash: String = column(row, "hash")?;
+        Ok(Self {
+            sequence: unsigned(row, "sequence")?,
+            at_us: column(row, "at_us")?,
+            actor: column(row, "actor")?,
+            action: column(row, "action")?,
+            subject: column(row, "subject")?,
+            detail: document(row, "detail")?,
+            hash: Digest::try_from(hash).map_err(|e| RegistryError::malformed("hash", e))?,
+        })
+    }
+
+    fn expected_hash(&self, previous: &Digest) -> Result<Digest, RegistryError> {
+        let payload = Payload {
+            sequence: self.sequence,
+            at_us: self.at_us,
+            actor: &self.actor,
+            action: &self.action,
+            subject: &self.subject,
+            detail: &self.detail,
+        };
+        let json = serde_json_canonicalizer::to_vec(&payload)
+            .map_err(|e| RegistryError::malformed("audit detail", e))?;
+        let mut bytes = DOMAIN.to_vec();
+        bytes.extend_from_slice(&previous.0);
+        bytes.extend_from_slice(&json);
+        Ok(Digest::of(&bytes))
+    }
+}
+
+fn genesis() -> Digest {
+    Digest::of(DOMAIN)
+}
+
+impl Tx {
+    /// Appends an entry; it becomes durable with the rest of this transaction.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn audit(
+        &mut self,
+        actor: &str,
+        action: &str,
+        subject: &str,
+        detail: Value,
+    ) -> Result<(), RegistryError> {
+        let (last, previous) = self.audit_head().await?;
+        let mut entry = AuditRecord {
+            sequence: last + 1,
+            at_us: self.now_us(),
+            actor: actor.to_owned(),
+            action: action.to_owned(),
+            subject: subject.to_owned(),
+            detail,
+            hash: previous,
+        };
+        entry.hash = entry.expected_hash(&previous)?;
+        let sequence = crate::tx::signed("sequence", entry.sequence)?;
+        let sql = "INSERT INTO audit (sequence, at_us, actor, action, subject, detail, hash) \
+                   VALUES ($1, $2, $3, $4, $5, $6, $7)";
+        let query = sqlx::query(sql)
+            .bind(sequence)
+            .bind(entry.at_us)
+            .bind(entry.actor)
+            .bind(entry.action)
+            .bind(entry.subject)
+            .bind(entry.detail.to_string())
+            .bind(entry.hash.to_string());
+        self.insert(|| format!("audit entry {sequence}"), query).await?;
+        let sql = "INSERT INTO audit_head (id, sequence, hash) VALUES (1, $1, $2) \
+                   ON CONFLICT (id) DO UPDATE SET sequence = excluded.sequence, hash = excluded.hash";
+        self.execute(sqlx::query(sql).bind(sequence).bind(entry.hash.to_string())).await.map(|_| ())
+    }
+
+    /// Sequence number and hash of the last entry.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn audit_head(&mut self) -> Result<(u64, Digest), RegistryError> {
+        let Some(row) = self.optional(sqlx::query("SELECT * FROM audit_head WHERE id = 1")).await? else {
+            return Ok((0, genesis()));
+        };
+        let hash: String = column(&row, "hash")?;
+        let hash = Digest::try_from(hash).map_err(|e| RegistryError::malformed("hash", e))?;
+        Ok((unsigned(&row, "sequence")?, hash))
+    }
+
+    /// Entries after a sequence number, oldest first.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn audit_entries(&mut self, after: u64, limit: u32) -> Result<Vec<AuditRecord>, RegistryError> {
+        let rows = self.audit_rows(after, i64::from(limit)).await?;
+        rows.iter().map(AuditRecord::read).collect()
+    }
+
+    async fn audit_rows(&mut self, after: u64, limit: i64) -> Result<Vec<AnyRow>, RegistryError> {
+        let sql = "SELECT * FROM audit WHERE sequence > $1 ORDER BY sequence LIMIT $2";
+        self.all(sqlx::query(sql).bind(crate::tx::signed("sequence", after)?).bind(limit)).await
+    }
+
+    /// Verifies the whole chain, the head row, and (where given) that the chain holds the anchor that was kept
+    /// outside of the database.
+    ///
+    /// # Errors
+    /// Those of the database; a broken chain is a verdict, not an error.
+    pub async fn verify_audit(
+        &mut self,
+        anchor: Option<(u64, Digest)>,
+    ) -> Result<AuditVerdict, RegistryError> {
+        let (mut entries, mut head) = (0, genesis());
+        loop {
+            let rows = self.audit_rows(entries, PAGE_ENTRIES).await?;
+            if rows.is_empty() {
+                break;
+            }
+            for row in &rows {
+                match check_next(row, entries, &head, anchor) {
+                    Ok(hash) => (entries, head) = (entries + 1, hash),
+                    Err(detail) => {
+                        return Ok(AuditVerdict::Broken { first_bad: entries + 1, detail, entries });
+                    }
+                }
+            }
+        }
+        let (last, last_hash) = self.audit_head().await?;
+        let known = last.max(anchor.map_or(0, |(sequence, _)| sequence));
+        if known > entries {
+            let detail = format!("entries {} to {known} were removed", entries + 1);
+            return Ok(AuditVerdict::Broken { first_bad: entries + 1, detail, entries });
+        }
+        if (last, last_hash) != (entries, head) {
+            let detail =
+                format!("the head names entry {last}, the chain ends at {entries} with another hash");
+            return Ok(AuditVerdict::Broken { first_bad: last.max(1), detail, entries });
+        }
+        Ok(AuditVerdict::Whole { entries, head })
+    }
+}
+
+/// The hash of the next entry, or what is wrong with it.
+fn check_next(
+    row: &AnyRow,
+    entries: u64,
+    head: &Digest,
+    anchor: Option<(u64, Digest)>,
+) -> Result<Digest, String> {
+    let entry = AuditRecord::read(row).map_err(|e| e.to_string())?;
+    if entry.sequence != entries + 1 {
+        return Err(format!("entry {} is missing, {} follows", entries + 1, entry.sequence));
+    }
+    let expected = entry.expected_hash(head).map_err(|e| e.to_string())?;
+    if expected != entry.hash {
+        return Err("its content does not match its hash".to_owned());
+    }
+    if anchor.is_some_and(|(sequence, hash)| sequence == entry.sequence && hash != entry.hash) {
+        return Err(
+            "the chain was rewritten: it differs from the anchor kept outside of the database".to_owned()
+        );
+    }
+    Ok(entry.hash)
+}
