@@ -1,1 +1,3 @@
 //! Pure deciders: hand-over, admission, inspection.
+
+pub mod inspect;

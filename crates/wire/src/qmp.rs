@@ -119,7 +119,8 @@ impl Message {
     }
 
     fn event(mut object: Map<String, Value>) -> Self {
-        let part = |key| object.get("timestamp").and_then(|t| t.get(key)).and_then(Value::as_u64).unwrap_or(0);
+        let part =
+            |key| object.get("timestamp").and_then(|t| t.get(key)).and_then(Value::as_u64).unwrap_or(0);
         let timestamp_us = part("seconds").saturating_mul(1_000_000).saturating_add(part("microseconds"));
         let name = text(object.get("event"));
         Self::Event { name, data: object.swap_remove("data").unwrap_or_default(), timestamp_us }
@@ -178,7 +179,11 @@ mod tests {
     fn each_kind_of_message_is_read() {
         check(
             r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": "Debian"}, "capabilities": ["oob"]}}"#,
-            &Message::Greeting { version: (10, 0, 2), package: "Debian".into(), capabilities: vec!["oob".into()] },
+            &Message::Greeting {
+                version: (10, 0, 2),
+                package: "Debian".into(),
+                capabilities: vec!["oob".into()],
+            },
         );
         check(r#"{"return": {"a": 1}, "id": 7}"#, &Message::Return { id: Some(7), value: json!({"a": 1}) });
         check(
@@ -207,7 +212,10 @@ mod tests {
         assert_eq!(command("cont", &Value::Null, 1), b"{\"execute\":\"cont\",\"id\":1}\n");
         let yank = out_of_band("yank", &json!({"instances": [{"type": "migration"}]}), 2);
         let text = String::from_utf8(yank).unwrap();
-        assert_eq!(text, "{\"exec-oob\":\"yank\",\"id\":2,\"arguments\":{\"instances\":[{\"type\":\"migration\"}]}}\n");
+        assert_eq!(
+            text,
+            "{\"exec-oob\":\"yank\",\"id\":2,\"arguments\":{\"instances\":[{\"type\":\"migration\"}]}}\n"
+        );
     }
 
     proptest! {

@@ -6,7 +6,7 @@
 //! section's id and a known type byte behind it. When, in all the bytes that QEMU will ever get, only one place
 //! looks like that, QEMU either stops exactly there or gives up before it reads anything else. Where a section's
 //! own state may contain such a place by chance, its length must be known from its layout alone (see
-//! [`layout_length`]); anything else is refused.
+//! `layout_length`); anything else is refused.
 
 use super::parser::SectionHeader;
 use super::*;
@@ -151,7 +151,8 @@ impl DescriptionScanner {
         let whole = blob.len().saturating_sub(DESCRIPTION_HEADER_BYTES);
         while self.next < whole {
             // A footer comes before the end mark and an opening brace after the length: enough to skip chance hits.
-            let footer_before = self.next >= FOOTER_BYTES && blob.get(self.next - FOOTER_BYTES) == Some(&FOOTER);
+            let footer_before =
+                self.next >= FOOTER_BYTES && blob.get(self.next - FOOTER_BYTES) == Some(&FOOTER);
             if footer_before
                 && blob.get(self.next + DESCRIPTION_HEADER_BYTES) == Some(&b'{')
                 && let Some(end) = declared_end(blob, self.next)
@@ -194,7 +195,13 @@ impl<'a> Reader<'a> {
             let footer_before = at >= FOOTER_BYTES && blob.get(at - FOOTER_BYTES) == Some(&FOOTER);
             if end == blob.len() {
                 if exact.is_some() {
-                    return Err(self.violation("INV-E2", at, "description", "one description", "two readings"));
+                    return Err(self.violation(
+                        "INV-E2",
+                        at,
+                        "description",
+                        "one description",
+                        "two readings",
+                    ));
                 }
                 exact = Some(at);
             } else if end < blob.len() && footer_before && blob.get(end - 1) == Some(&b'}') {
@@ -217,7 +224,8 @@ impl<'a> Reader<'a> {
     fn description(&self, end_mark: usize, page_size: u32) -> Result<Description, Violation> {
         let start = end_mark + DESCRIPTION_HEADER_BYTES;
         let json = self.blob.get(start..).unwrap_or_default();
-        let bad = |found: String| self.violation("INV-E2", start, "description", "a strict description", found);
+        let bad =
+            |found: String| self.violation("INV-E2", start, "description", "a strict description", found);
         if let Some(what) = json_trouble(json) {
             return Err(bad(what.to_owned()));
         }
@@ -280,16 +288,31 @@ impl<'a> Reader<'a> {
         {
             let expected = format!("{:?}, instance {}", described.name, described.instance_id);
             let found = format!("{name:?}, instance {}", header.instance);
-            return Err(self.violation("INV-E2", at, name, expected.chars().take(120).collect::<String>(), found));
+            return Err(self.violation(
+                "INV-E2",
+                at,
+                name,
+                expected.chars().take(120).collect::<String>(),
+                found,
+            ));
         }
         let start = at + header.len;
         let length = described_length(&described.fields, &described.subsections)
             .and_then(|length| usize::try_from(length).ok())
             .filter(|length| *length <= self.blob.len() - start)
-            .ok_or_else(|| self.violation("INV-D2", at, name, "a length inside the stream", "a larger one"))?;
+            .ok_or_else(|| {
+                self.violation("INV-D2", at, name, "a length inside the stream", "a larger one")
+            })?;
         let payload = start..start + length;
         self.footer(payload.end, name, header.id)?;
-        Ok(DeviceSection { id: header.id, name, instance: header.instance, version: header.version, start: at, payload })
+        Ok(DeviceSection {
+            id: header.id,
+            name,
+            instance: header.instance,
+            version: header.version,
+            start: at,
+            payload,
+        })
     }
 
     fn footer(&self, at: usize, name: &str, id: u32) -> Result<(), Violation> {
@@ -357,7 +380,13 @@ impl<'a> Seen<'a> {
             return Err(reader.violation("INV-S6", at, name, "each device once", found));
         }
         if !self.ids.insert(header.id) {
-            return Err(reader.violation("INV-S2", at, name, "an id of its own", format!("id {} again", header.id)));
+            return Err(reader.violation(
+                "INV-S2",
+                at,
+                name,
+                "an id of its own",
+                format!("id {} again", header.id),
+            ));
         }
         Ok(())
     }
@@ -408,6 +437,9 @@ impl<'a> DeviceState<'a> {
             sections.push(section);
         }
         if at != end_mark {
+            if blob.get(at) == Some(&SECTION_EOF) {
+                return Err(reader.violation("INV-E1", at, "devices", "one end mark", "an earlier one"));
+            }
             reader.expect_device(at)?;
             return Err(reader.violation("INV-E2", at, "devices", "as many devices as described", "more"));
         }

@@ -74,7 +74,8 @@ impl Violation {
 
 /// Printable form of a name from the wire, cut to what is safe to log.
 pub fn printable(name: &[u8]) -> String {
-    let text: String = name.iter().take(80).flat_map(|b| std::ascii::escape_default(*b)).map(char::from).collect();
+    let text: String =
+        name.iter().take(80).flat_map(|b| std::ascii::escape_default(*b)).map(char::from).collect();
     if name.len() > 80 { format!("{text}…") } else { text }
 }
 

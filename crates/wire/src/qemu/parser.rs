@@ -253,7 +253,12 @@ impl Parser {
         self.violation("INV-S1", "a record header", "a longer one than any that is legal")
     }
 
-    fn violation(&self, rule: &'static str, expected: impl Into<String>, found: impl AsRef<str>) -> Violation {
+    fn violation(
+        &self,
+        rule: &'static str,
+        expected: impl Into<String>,
+        found: impl AsRef<str>,
+    ) -> Violation {
         let section = match self.state {
             State::Header => "header",
             State::Configuration | State::AfterConfiguration { .. } => "configuration",
@@ -297,7 +302,11 @@ impl Parser {
     ) -> Result<Option<usize>, Violation> {
         let Some(&kind) = bytes.first() else { return Ok(None) };
         if kind != CONFIGURATION {
-            return Err(self.violation("INV-H2", "the configuration section", format!("section type {kind:#04x}")));
+            return Err(self.violation(
+                "INV-H2",
+                "the configuration section",
+                format!("section type {kind:#04x}"),
+            ));
         }
         let Some(len) = be32(bytes, 1) else { return Ok(None) };
         let len = len as usize;
@@ -331,7 +340,11 @@ impl Parser {
         }
         let Some(version) = be32(bytes, name_end) else { return Ok(None) };
         if version != 1 {
-            return Err(self.violation("INV-H3", "configuration/uuid version 1", format!("version {version}")));
+            return Err(self.violation(
+                "INV-H3",
+                "configuration/uuid version 1",
+                format!("version {version}"),
+            ));
         }
         let Some(uuid) = bytes.get(name_end + 4..name_end + 20).and_then(|b| b.try_into().ok()) else {
             return Ok(None);
@@ -355,7 +368,9 @@ impl Parser {
             SECTION_FULL if phase == Phase::Pre => {
                 Err(self.violation("INV-S9", "the ram section before any device", "a device section"))
             }
-            SECTION_FULL => Err(self.violation("INV-S9", "the end of ram before any device", "a device section")),
+            SECTION_FULL => {
+                Err(self.violation("INV-S9", "the end of ram before any device", "a device section"))
+            }
             SECTION_EOF => Err(self.violation("INV-S10", "the ram section and every device", "the end mark")),
             other => Err(self.violation("INV-S1", "a legal section type", format!("{other:#04x}"))),
         }
@@ -459,7 +474,11 @@ impl Parser {
     ) -> Result<Option<usize>, Violation> {
         let Some(id) = be32(bytes, 1) else { return Ok(None) };
         if self.ram_id != Some(id) {
-            return Err(self.violation("INV-S3", "the id of a section that START opened", format!("id {id}")));
+            return Err(self.violation(
+                "INV-S3",
+                "the id of a section that START opened",
+                format!("id {id}"),
+            ));
         }
         let part = if kind == SECTION_END { Part::End } else { Part::Iterate };
         if phase == Phase::Final && part == Part::Iterate {
@@ -480,23 +499,33 @@ impl Parser {
         let mask = u64::from(self.options.page_size_bytes) - 1;
         let (high, flags) = (word & !mask, word & mask);
         if part == Part::Start && !self.block_list_done && flags != RAM_MEM_SIZE {
-            return Err(self.violation("INV-R2", "the block list as the first record", format!("flags {flags:#x}")));
+            return Err(self.violation(
+                "INV-R2",
+                "the block list as the first record",
+                format!("flags {flags:#x}"),
+            ));
         }
         match flags & !RAM_CONTINUE {
             RAM_MEM_SIZE if flags == RAM_MEM_SIZE => self.block_list_begin(part, high),
             RAM_EOS if flags == RAM_EOS => self.ram_end(part, high, sink),
             RAM_ZERO | RAM_PAGE => self.page(part, high, flags, bytes, sink),
             // Only EOS with CONTINUE, or with an address, passes QEMU's own check and would be read differently.
-            _ if flags == RAM_EOS | RAM_CONTINUE => {
-                Err(self.violation("INV-R12", "an end mark without address or flags", format!("flags {flags:#x}")))
-            }
+            _ if flags == RAM_EOS | RAM_CONTINUE => Err(self.violation(
+                "INV-R12",
+                "an end mark without address or flags",
+                format!("flags {flags:#x}"),
+            )),
             _ => Err(self.violation("INV-R6", "flags that the permit allows", format!("flags {flags:#x}"))),
         }
     }
 
     fn block_list_begin(&mut self, part: Part, total: u64) -> Result<Option<usize>, Violation> {
         if part != Part::Start || self.block_list_done {
-            return Err(self.violation("INV-R2", "the block list exactly once, in START", "another block list"));
+            return Err(self.violation(
+                "INV-R2",
+                "the block list exactly once, in START",
+                "another block list",
+            ));
         }
         if total == 0 {
             return Err(self.violation("INV-R3", "a total above zero", "zero"));
@@ -512,7 +541,11 @@ impl Parser {
         sink: &mut S,
     ) -> Result<Option<usize>, Violation> {
         if high != 0 {
-            return Err(self.violation("INV-R12", "an end mark without address", format!("address {high:#x}")));
+            return Err(self.violation(
+                "INV-R12",
+                "an end mark without address",
+                format!("address {high:#x}"),
+            ));
         }
         sink.event(self.validated, Event::RamEnd { part })?;
         self.state = State::Footer(part);
@@ -571,7 +604,11 @@ impl Parser {
         let length = self.blocks.get(block).map_or(0, |b| b.length);
         let page = u64::from(self.options.page_size_bytes);
         if offset.checked_add(page).is_none_or(|end| end > length) {
-            return Err(self.violation("INV-R7", format!("an offset inside {length} bytes"), format!("{offset:#x}")));
+            return Err(self.violation(
+                "INV-R7",
+                format!("an offset inside {length} bytes"),
+                format!("{offset:#x}"),
+            ));
         }
         if flags & RAM_PAGE != 0 {
             sink.event(self.validated, Event::Page { block, offset })?;

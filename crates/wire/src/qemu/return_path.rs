@@ -98,7 +98,9 @@ impl Decoder {
     }
 
     fn message(&self) -> Result<Option<Message>, ReturnPathError> {
-        let (Some(kind), Some(len)) = (be16(&self.pending, 0), be16(&self.pending, 2)) else { return Ok(None) };
+        let (Some(kind), Some(len)) = (be16(&self.pending, 0), be16(&self.pending, 2)) else {
+            return Ok(None);
+        };
         if self.shut {
             return Err(ReturnPathError::AfterShut { kind });
         }

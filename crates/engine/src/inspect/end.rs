@@ -1,0 +1,98 @@
+//! The source's view of the end of the stream: the same parser without a record to compare with.
+
+use wire::qemu::device::{DescriptionScanner, DeviceState};
+use wire::qemu::{Event, Parser, ParserOptions, Violation};
+
+/// Finds the last byte of a stream: with QEMU's final acknowledgement held back, the source never half-closes, so
+/// the end is the end mark and a description whose declared length ends exactly at the last byte, with every device
+/// section in between landing on its footer.
+///
+/// A stream that it can't read has no end: the target's inspector then refuses it.
+#[derive(Debug)]
+pub struct EndDetector {
+    parser: Parser,
+    page_size_bytes: u32,
+    held: Vec<u8>,
+    begin: Option<u64>,
+    scanner: DescriptionScanner,
+    max_held_bytes: usize,
+    ended: bool,
+    lost: Option<Violation>,
+}
+
+impl EndDetector {
+    /// A detector that keeps at most `max_held_bytes` of device state.
+    #[must_use]
+    pub fn new(page_size_bytes: u32, max_held_bytes: usize) -> Self {
+        Self {
+            parser: Parser::new(ParserOptions { page_size_bytes, return_path_required: true }),
+            page_size_bytes,
+            held: Vec::new(),
+            begin: None,
+            scanner: DescriptionScanner::default(),
+            max_held_bytes,
+            ended: false,
+            lost: None,
+        }
+    }
+
+    /// Takes the next bytes; true when the stream is complete with the last of them.
+    pub fn feed(&mut self, input: &[u8]) -> bool {
+        if self.lost.is_some() || input.is_empty() {
+            return self.ended;
+        }
+        self.ended = false;
+        let (held, begin, max) = (&mut self.held, &mut self.begin, self.max_held_bytes);
+        let result = self.parser.feed(input, &mut |at: u64, event: Event<'_>| {
+            match event {
+                Event::DevicesBegin => *begin = Some(at),
+                Event::DeviceBytes(bytes) if held.len() + bytes.len() > max => {
+                    return Err(Violation::new(
+                        "INV-D9",
+                        at,
+                        "devices",
+                        format!("at most {max} bytes"),
+                        "more",
+                    ));
+                }
+                Event::DeviceBytes(bytes) => held.extend_from_slice(bytes),
+                _ => {}
+            }
+            Ok(())
+        });
+        if let Err(violation) = result {
+            self.lost = Some(violation);
+            self.held = Vec::new();
+            return false;
+        }
+        self.ended = self.scanner.at_end(&self.held) && self.reads_to_the_end();
+        self.ended
+    }
+
+    fn reads_to_the_end(&self) -> bool {
+        let (Some(base), Some(ram_id)) = (self.begin, self.parser.ram_id()) else { return false };
+        match DeviceState::read(&self.held, base, ram_id, self.page_size_bytes) {
+            Ok(_) => true,
+            // Whether a stray footer is dangerous is for the target to say.
+            Err(violation) => violation.rule == "INV-D3",
+        }
+    }
+
+    /// Whether the stream is complete.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Whether the RAM section is behind: the guest is stopped.
+    #[must_use]
+    pub fn in_devices(&self) -> bool {
+        self.begin.is_some()
+    }
+
+    /// Why no end can be found any more.
+    #[must_use]
+    pub fn lost(&self) -> Option<&Violation> {
+        self.lost.as_ref()
+    }
+}
