@@ -1,1 +1,25 @@
-//! Lab.
+//! The lab: namespaces that stand for hosts, a real guest, an outside observer, a packet capture, plain QEMU.
+//!
+//! It drives the built programs from outside and is never packaged.
+//!
+//! ```text
+//! net ──── namespaces, cgroups, teardown       guest ── kernel + initramfs with the guest daemon
+//!  ├─ capture  the migration network, searched  vm ───── plain QEMU over QMP (baselines)
+//!  ├─ client   what the guest's user sees       plain ── plain migrations and QEMU's split brain
+//!  └─ observer how many copies run (never QMP)
+//! ```
+
+pub mod bench;
+pub mod capture;
+pub mod cgroup;
+pub mod client;
+pub mod demo;
+pub mod guest;
+pub mod net;
+pub mod observer;
+pub mod plain;
+pub mod process;
+pub mod qmp;
+pub mod relay;
+pub mod require;
+pub mod vm;

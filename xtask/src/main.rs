@@ -1,2 +1,83 @@
-//! Project commands: demo, test, check, bench.
-fn main() {}
+//! Project commands: `cargo xtask setup|test|check|demo|bench`.
+//!
+//! Every command first brings the machine to where it needs it (see [`packages`] and [`guest`]), and says what it runs.
+
+mod arrows;
+mod check;
+mod guest;
+mod packages;
+mod primitives;
+mod run;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use packages::Consent;
+use run::Workspace;
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  setup [--yes]        install the missing Debian packages, make the guest image
+  test  [--yes] [ARG…] run every test; ARGs go to cargo-nextest
+  check [--yes]        the quality gate: format, lints, docs, arrows, licences
+  demo  [--yes] [ARG…] live-migrate a real guest; ARGs go to `outrider-lab demo`
+  bench [--yes] [ARG…] compare with plain QEMU; ARGs go to `outrider-lab bench`
+
+  --yes  do not ask before installing packages (nor is anything asked without a terminal)";
+
+fn main() -> ExitCode {
+    match dispatch(std::env::args().skip(1).collect()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::from(4)
+        }
+    }
+}
+
+fn dispatch(arguments: Vec<String>) -> Result<ExitCode> {
+    let yes = arguments.iter().any(|a| a == "--yes");
+    let consent = if yes { Consent::Given } else { Consent::Ask };
+    let mut rest = arguments.into_iter().filter(|a| a != "--yes");
+    let command = rest.next().unwrap_or_default();
+    let rest: Vec<String> = rest.collect();
+    let workspace = Workspace::locate()?;
+    match command.as_str() {
+        "setup" => setup(&workspace, consent).map(|()| ExitCode::SUCCESS),
+        "test" => {
+            setup(&workspace, consent)?;
+            test::run(&workspace, &rest)
+        }
+        "check" => check::run(&workspace),
+        "demo" | "bench" => {
+            setup(&workspace, consent)?;
+            lab(&workspace, &command, &rest)
+        }
+        "help" | "--help" | "-h" => {
+            println!("{USAGE}");
+            Ok(ExitCode::SUCCESS)
+        }
+        "" => {
+            eprintln!("{USAGE}");
+            Ok(ExitCode::from(2))
+        }
+        other => bail!("there is no command {other:?}\n{USAGE}"),
+    }
+}
+
+fn setup(workspace: &Workspace, consent: Consent) -> Result<()> {
+    packages::ensure(workspace, consent)?;
+    guest::ensure(workspace)
+}
+
+/// Runs `outrider-lab COMMAND`, with the project's binaries built beside it, and hands on its exit code.
+fn lab(workspace: &Workspace, command: &str, arguments: &[String]) -> Result<ExitCode> {
+    // A benchmark of an unoptimised build says nothing.
+    let profile = if command == "bench" { "release" } else { "dev" };
+    run::build_binaries(workspace, profile)?;
+    let folder = if command == "bench" { "release" } else { "debug" };
+    let lab = workspace.target.join(folder).join("outrider-lab");
+    run::hand_over(workspace.command(&lab).arg(command).args(arguments))
+}

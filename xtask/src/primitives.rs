@@ -1,0 +1,117 @@
+//! The primitives of the hand-over are named only where the hand-over machine's effects are executed.
+//!
+//! Whoever freezes, thaws, continues or kills a QEMU, or moves a VM's location, outside these modules can make
+//! a VM run twice or not at all without the machine noticing.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::run::Workspace;
+
+/// What is looked for, what it does, and the folders or files (below `crates/`) that may name it.
+struct Primitive {
+    text: &'static str,
+    does: &'static str,
+    allowed: &'static [&'static str],
+}
+
+/// Where the host daemon touches QEMU's process and its cgroup.
+const PROCESS: &[&str] = &[
+    "host/src/qemu/",
+    "host/src/qemu.rs",
+    "host/src/cgroup.rs",
+    "host/src/freezer.rs",
+    "host/src/process.rs",
+    "host/src/privileged.rs",
+    "host/src/privileged/",
+];
+/// Where the host daemon speaks QMP.
+const MONITOR: &[&str] = &["host/src/qemu/", "host/src/qemu.rs", "host/src/qmp.rs", "host/src/qmp/"];
+
+const PRIMITIVES: [Primitive; 9] = [
+    primitive("cgroup.freeze", "freezes or thaws (v2)", PROCESS),
+    primitive("freezer.state", "freezes or thaws (v1)", PROCESS),
+    primitive("cgroup.kill", "kills", PROCESS),
+    primitive("Signal::STOP", "freezes", PROCESS),
+    primitive("Signal::CONT", "thaws", PROCESS),
+    primitive("Signal::KILL", "kills", PROCESS),
+    primitive("pidfd_send_signal", "kills", PROCESS),
+    primitive("\"cont\"", "continues a guest", MONITOR),
+    primitive("\"system_reset\"", "resets a guest", MONITOR),
+];
+
+const fn primitive(text: &'static str, does: &'static str, allowed: &'static [&'static str]) -> Primitive {
+    Primitive { text, does, allowed }
+}
+
+/// Looks through the product's sources; tests and comments may name what they like.
+pub(crate) fn check(workspace: &Workspace) -> Result<()> {
+    let crates = workspace.root.join("crates");
+    let mut wrong = Vec::new();
+    for path in sources(&crates)? {
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let place = path.strip_prefix(&crates).unwrap_or(&path).to_string_lossy().into_owned();
+        wrong.extend(violations(&place, &text));
+    }
+    ensure!(wrong.is_empty(), "\n  {}", wrong.join("\n  "));
+    Ok(())
+}
+
+fn violations(place: &str, text: &str) -> Vec<String> {
+    let product = text.lines().take_while(|line| line.trim() != "#[cfg(test)]");
+    let mut wrong = Vec::new();
+    for (line, number) in product.zip(1..) {
+        let code = line.split("//").next().unwrap_or_default();
+        for primitive in PRIMITIVES.iter().filter(|primitive| code.contains(primitive.text)) {
+            if !primitive.allowed.iter().any(|allowed| place.starts_with(allowed)) {
+                let (text, does) = (primitive.text, primitive.does);
+                wrong.push(format!(
+                    "crates/{place}:{number}: {text} {does}: only the hand-over's effects may"
+                ));
+            }
+        }
+    }
+    wrong
+}
+
+/// Every source file below `src` folders.
+fn sources(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        let entries = fs::read_dir(&next).with_context(|| format!("listing {}", next.display()))?;
+        for entry in entries {
+            let path = entry.with_context(|| format!("listing {}", next.display()))?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|end| end == "rs") && is_product(&path) {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn is_product(path: &Path) -> bool {
+    let is_test = path.file_name().is_some_and(|name| name == "tests.rs");
+    !is_test && path.components().any(|part| part.as_os_str() == "src")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_primitive_is_found_outside_its_modules_only() {
+        let check =
+            |place, text, expect: usize| assert_eq!(violations(place, text).len(), expect, "{place}: {text}");
+        check("manager/src/http.rs", "qmp.execute(\"cont\")", 1);
+        check("host/src/qemu/monitor.rs", "qmp.execute(\"cont\")", 0);
+        check("manager/src/http.rs", "// never \"cont\" here", 0);
+        check("manager/src/http.rs", "#[cfg(test)]\nmod tests { \"cont\" }", 0);
+        check("agent/src/main.rs", "kill_process(pid, Signal::KILL)", 1);
+    }
+}

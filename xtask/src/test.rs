@@ -1,0 +1,41 @@
+//! `cargo xtask test`: every test of the workspace, and an honest count of what was skipped.
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+
+use crate::run::{self, Workspace};
+
+/// With this argument a skipped test is a failure: what the project's own machines use.
+const DENY_SKIPS: &str = "--deny-skips";
+
+/// Builds the programs that tests start, runs the tests, reports the skips.
+pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<ExitCode> {
+    run::build_binaries(workspace, "dev")?;
+    let skips = workspace.lab_cache().join("skips");
+    forget(&skips)?;
+    let (ours, theirs): (Vec<&String>, Vec<&String>) = arguments.iter().partition(|word| *word == DENY_SKIPS);
+    let mut nextest = workspace.cargo();
+    nextest.args(["nextest", "run", "--workspace"]).args(theirs);
+    let outcome = run::step(nextest.env("OUTRIDER_SKIPS", &skips));
+    let skipped = fs::read_to_string(&skips).unwrap_or_default();
+    for line in skipped.lines() {
+        eprintln!("SKIPPED {line}");
+    }
+    let count = skipped.lines().count();
+    eprintln!("skipped tests: {count}");
+    outcome?;
+    let denied = count > 0 && !ours.is_empty();
+    Ok(ExitCode::from(u8::from(denied)))
+}
+
+fn forget(skips: &Path) -> Result<()> {
+    match fs::remove_file(skips) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", skips.display()))
+        }
+        _ => Ok(()),
+    }
+}
