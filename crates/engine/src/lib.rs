@@ -1,3 +1,4 @@
 //! Pure deciders: hand-over, admission, inspection.
 
+pub mod handover;
 pub mod inspect;

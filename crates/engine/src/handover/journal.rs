@@ -1,0 +1,173 @@
+//! What the two daemons write down before they act. The shell appends each entry to the host's hash-chained,
+//! signed journal, makes it durable, and hands the entries of one attempt back after a restart.
+
+use super::{Attempt, QemuFacts, RenunciationProof, Resolution};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use types::handover::{AbortReason, HandoverKey, PriorRunState, SourceVote, TargetVote};
+use types::{MigrationId, Nonce};
+
+/// One line of a host's journal about a hand-over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "side")]
+pub enum Entry {
+    /// Written as the source.
+    Source(SourceEntry),
+    /// Written as the target.
+    Target(TargetEntry),
+}
+
+impl Entry {
+    /// The attempt that it is about.
+    #[must_use]
+    pub const fn key(&self) -> &HandoverKey {
+        match self {
+            Self::Source(entry) => &entry.key,
+            Self::Target(entry) => &entry.key,
+        }
+    }
+}
+
+/// What a source wrote down.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceEntry {
+    /// The attempt.
+    pub key: HandoverKey,
+    /// What.
+    pub fact: SourceFact,
+}
+
+/// See [`SourceEntry`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "fact")]
+pub enum SourceFact {
+    /// The migration starts.
+    Opened {
+        /// What the permit allows.
+        attempt: Box<Attempt>,
+        /// The QEMU that runs the guest.
+        qemu: QemuFacts,
+        /// How the guest stood.
+        prior: PriorRunState,
+    },
+    /// QEMU will be frozen as soon as its stream has ended.
+    Freezing,
+    /// The source gave up before it voted, and will never vote in this attempt.
+    NoVote {
+        /// Why.
+        reason: AbortReason,
+    },
+    /// QEMU is frozen and proven; the vote is about to be sent.
+    Frozen {
+        /// The vote.
+        vote: SourceVote,
+    },
+    /// The target is about to be asked to renounce.
+    Asked {
+        /// Why.
+        reason: AbortReason,
+    },
+    /// The target's renunciation is here; QEMU is about to be thawed.
+    RenunciationAccepted {
+        /// The proof.
+        proof: RenunciationProof,
+    },
+    /// The operator's word that the target is dead is here.
+    FenceAccepted {
+        /// What follows from it.
+        resolution: Resolution,
+    },
+    /// RELEASE is here; the frozen copy is about to be killed.
+    Releasing,
+    /// The copy is dead.
+    Released,
+    /// QEMU died without an order.
+    Lost,
+    /// The hand-over has ended at the manager too.
+    Closed,
+}
+
+/// What a target wrote down.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetEntry {
+    /// The attempt.
+    pub key: HandoverKey,
+    /// What.
+    pub fact: TargetFact,
+}
+
+/// See [`TargetEntry`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "fact")]
+pub enum TargetFact {
+    /// The permit's nonce is used up. Always the first entry.
+    Consumed {
+        /// What the permit allows.
+        attempt: Box<Attempt>,
+    },
+    /// QEMU waits for the stream, paused.
+    Prepared {
+        /// The QEMU.
+        qemu: QemuFacts,
+    },
+    /// The complete, accepted state is held, paused; the vote is about to be sent.
+    Voted {
+        /// The vote.
+        vote: TargetVote,
+    },
+    /// COMMIT is here; `cont` may be sent.
+    Run {
+        /// Whether the guest is to run or to stay paused.
+        prior: PriorRunState,
+    },
+    /// This attempt will never run here; QEMU is about to be killed.
+    Renounced {
+        /// Why.
+        reason: AbortReason,
+    },
+    /// QEMU died after it may have run, or ran without an order. Never a renunciation.
+    Lost,
+    /// The hand-over has ended at the manager too.
+    Closed,
+}
+
+/// Why the permit's nonce was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the nonce {nonce} of the permit for migration {migration} was consumed before")]
+pub struct AlreadyConsumed {
+    /// The nonce.
+    pub nonce: Nonce,
+    /// The migration that the permit names.
+    pub migration: MigrationId,
+}
+
+/// Every nonce that this host ever consumed (I4), rebuilt from the journal after a restart.
+#[derive(Debug, Clone, Default)]
+pub struct NonceLedger {
+    consumed: BTreeSet<Nonce>,
+}
+
+impl NonceLedger {
+    /// From every entry of the host's journal.
+    pub fn rebuild<'a>(entries: impl IntoIterator<Item = &'a Entry>) -> Self {
+        let consumed = entries.into_iter().filter_map(|entry| match entry {
+            Entry::Target(TargetEntry { fact: TargetFact::Consumed { attempt }, .. }) => Some(attempt.nonce),
+            _ => None,
+        });
+        Self { consumed: consumed.collect() }
+    }
+
+    /// Whether the nonce was consumed.
+    #[must_use]
+    pub fn contains(&self, nonce: &Nonce) -> bool {
+        self.consumed.contains(nonce)
+    }
+
+    /// Consumes the nonce in memory; [`super::target::Target::prepare`] pairs it with the journal entry.
+    pub(super) fn consume(&mut self, attempt: &Attempt) -> Result<(), AlreadyConsumed> {
+        if self.consumed.insert(attempt.nonce) {
+            return Ok(());
+        }
+        Err(AlreadyConsumed { nonce: attempt.nonce, migration: attempt.key.migration })
+    }
+}
