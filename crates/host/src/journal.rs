@@ -1,0 +1,474 @@
+//! The host's journal: what the daemon is about to do, made durable before it does it (I6).
+//!
+//! One append-only file of signed, hash-chained records. A record is complete when [`Journal::append`] returns: it
+//! was written and synchronised. When the machine dies in between, the file ends in a *torn* record, which nobody
+//! has acted on; it is cut. Damage anywhere else means that a promise may be forgotten (a renunciation, a consumed
+//! nonce): the journal is refused, and with it every act that needs it.
+//!
+//! ```text
+//! record = "ORJ1" length:u32 check:8 payload hash:32 signature:64        (big endian)
+//!   check = first bytes of a hash over the previous record's hash and the length: a damaged length can't make
+//!           what follows look like a torn tail
+//!   hash  = link(previous hash, sequence, payload); the signature covers the hash
+//! first record = {journal id, key}
+//! ```
+
+use engine::handover::journal::Entry;
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use types::{Digest, Nonce};
+
+const MAGIC: [u8; 4] = *b"ORJ1";
+const HEAD_BYTES: usize = 16;
+const SEAL_BYTES: usize = 32 + 64;
+/// Entries are about a KiB; a proof holds a token of at most 4.
+const PAYLOAD_BYTES_MAX: usize = 64 * 1024;
+/// About a million entries: far beyond what a host writes, and a bound on what a start reads.
+const FILE_BYTES_MAX: u64 = 1 << 30;
+
+/// Why the journal can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// It can't be opened, read or created.
+    #[error("cannot {operation} the journal {}", path.display())]
+    Open {
+        /// What was tried.
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is damaged before its end, or signed by another key. Acting on it could run a VM twice.
+    #[error(
+        "the journal {} is damaged at byte {offset} (record {sequence}): {detail}; this host refuses to take part \
+         in migrations until an operator restores or replaces it", path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where.
+        offset: u64,
+        /// Which record.
+        sequence: u64,
+        /// How.
+        detail: String,
+    },
+    /// A record could not be made durable; the step that needed it was not taken.
+    #[error("the journal {} cannot be written, so the step was refused", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// An earlier write left it in an unknown state; a restart reads it afresh.
+    #[error("the journal {} is closed after a failed write: {detail}; restart the daemon", path.display())]
+    Poisoned {
+        /// The file.
+        path: PathBuf,
+        /// The failure.
+        detail: String,
+    },
+}
+
+/// Signs and verifies records.
+pub trait Seal: Send {
+    /// Signature over a record's hash.
+    fn sign(&self, hash: &Digest) -> [u8; 64];
+    /// Whether it is this host's.
+    fn verifies(&self, hash: &Digest, signature: &[u8; 64]) -> bool;
+    /// The public key, hexadecimal.
+    fn key(&self) -> String;
+}
+
+/// The open journal.
+pub struct Journal {
+    file: File,
+    path: PathBuf,
+    seal: Box<dyn Seal>,
+    id: Nonce,
+    sequence: u64,
+    head: Digest,
+    end: u64,
+    poisoned: Option<String>,
+}
+
+impl std::fmt::Debug for Journal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Journal")
+            .field("path", &self.path)
+            .field("sequence", &self.sequence)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One record, besides its place in the chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Record {
+    /// The first.
+    Created { journal: Nonce, key: String },
+    /// About a hand-over.
+    Handover { at_unix_us: u64, entry: Box<Entry> },
+}
+
+impl Journal {
+    /// Opens the journal, or creates it with the id `fresh`; gives every entry in order.
+    ///
+    /// # Errors
+    /// See [`JournalError`].
+    pub fn open(path: &Path, seal: Box<dyn Seal>, fresh: Nonce) -> Result<(Self, Vec<Entry>), JournalError> {
+        let failed =
+            |operation| move |source| JournalError::Open { operation, path: path.to_owned(), source };
+        let mut file = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(failed("open"))?;
+        if file.metadata().map_err(failed("read"))?.len() > FILE_BYTES_MAX {
+            return Err(failed("read")(std::io::Error::other(
+                "it is larger than any that this daemon writes",
+            )));
+        }
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(failed("read"))?;
+        let scan = Scan::of(&bytes, path, seal.as_ref())?;
+        let mut journal = Self {
+            file,
+            path: path.to_owned(),
+            seal,
+            id: fresh,
+            sequence: scan.sequence,
+            head: scan.head,
+            end: scan.end,
+            poisoned: None,
+        };
+        if journal.end < bytes.len() as u64 {
+            tracing::warn!(path = %path.display(), cut_bytes = bytes.len() as u64 - journal.end, "torn record cut");
+            journal.cut().map_err(failed("cut"))?;
+        }
+        match scan.id {
+            Some(id) => journal.id = id,
+            None => journal.create().map_err(failed("create"))?,
+        }
+        Ok((journal, scan.entries))
+    }
+
+    /// Its id: drawn when it was created; a replaced or restored journal has another.
+    #[must_use]
+    pub fn id(&self) -> Nonce {
+        self.id
+    }
+
+    /// Makes an entry durable.
+    ///
+    /// # Errors
+    /// It is not durable, and the step that it announces must not be taken.
+    pub fn append(&mut self, entry: &Entry, at_unix_us: u64) -> Result<(), JournalError> {
+        self.append_record(&Record::Handover { at_unix_us, entry: Box::new(entry.clone()) })
+    }
+
+    fn create(&mut self) -> std::io::Result<()> {
+        let record = Record::Created { journal: self.id, key: self.seal.key() };
+        self.append_record(&record).map_err(std::io::Error::other)?;
+        let folder = self.path.parent().unwrap_or(Path::new("/"));
+        File::open(folder)?.sync_all()
+    }
+
+    fn append_record(&mut self, record: &Record) -> Result<(), JournalError> {
+        if let Some(detail) = &self.poisoned {
+            return Err(JournalError::Poisoned { path: self.path.clone(), detail: detail.clone() });
+        }
+        let payload = serde_json::to_vec(record).map_err(|e| self.refused(e.into()))?;
+        let hash = link(&self.head, self.sequence, &payload);
+        let bytes = frame(&self.head, &payload, &hash, &self.seal.sign(&hash))
+            .ok_or_else(|| self.refused(std::io::Error::other("the entry is too long")))?;
+        if let Err(source) = self.file.write_all(&bytes) {
+            // Most likely a full disk: what was written of it is cut again, and a later append may succeed.
+            if let Err(error) = self.cut() {
+                self.poisoned = Some(format!("a torn record could not be cut: {error}"));
+            }
+            return Err(self.refused(source));
+        }
+        if let Err(source) = self.file.sync_data() {
+            // After a failed synchronisation nobody knows what the disk holds.
+            self.poisoned = Some(source.to_string());
+            return Err(self.refused(source));
+        }
+        self.head = hash;
+        self.sequence += 1;
+        self.end += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn cut(&mut self) -> std::io::Result<()> {
+        self.file.set_len(self.end)?;
+        self.file.seek(SeekFrom::End(0))?;
+        self.file.sync_data()
+    }
+
+    fn refused(&self, source: std::io::Error) -> JournalError {
+        JournalError::Write { path: self.path.clone(), source }
+    }
+}
+
+fn link(previous: &Digest, sequence: u64, payload: &[u8]) -> Digest {
+    let mut hasher = blake3::Hasher::new_derive_key("outrider 2026 host journal record");
+    hasher.update(&previous.0).update(&sequence.to_be_bytes()).update(payload);
+    Digest(*hasher.finalize().as_bytes())
+}
+
+fn check(previous: &Digest, length: [u8; 4]) -> [u8; 8] {
+    let mut hasher = blake3::Hasher::new_derive_key("outrider 2026 host journal length");
+    hasher.update(&previous.0).update(&length);
+    let mut check = [0; 8];
+    check.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    check
+}
+
+fn frame(previous: &Digest, payload: &[u8], hash: &Digest, signature: &[u8; 64]) -> Option<Vec<u8>> {
+    let length =
+        u32::try_from(payload.len()).ok().filter(|_| payload.len() <= PAYLOAD_BYTES_MAX)?.to_be_bytes();
+    Some([&MAGIC[..], &length, &check(previous, length), payload, &hash.0, signature].concat())
+}
+
+/// What a whole file holds.
+struct Scan {
+    id: Option<Nonce>,
+    entries: Vec<Entry>,
+    sequence: u64,
+    head: Digest,
+    end: u64,
+}
+
+/// How one record reads.
+enum Next {
+    Record(Record, Digest, usize),
+    Torn,
+    Damaged(String),
+}
+
+impl Scan {
+    fn of(bytes: &[u8], path: &Path, seal: &dyn Seal) -> Result<Self, JournalError> {
+        let mut scan = Self { id: None, entries: Vec::new(), sequence: 0, head: Digest([0; 32]), end: 0 };
+        let mut at = 0;
+        while at < bytes.len() {
+            match next(&bytes[at..], &scan.head, scan.sequence, seal) {
+                Next::Record(record, hash, length) => {
+                    scan.take(record);
+                    scan.head = hash;
+                    scan.sequence += 1;
+                    at += length;
+                    scan.end = at as u64;
+                }
+                Next::Torn => break,
+                Next::Damaged(detail) => {
+                    let (path, offset) = (path.to_owned(), at as u64);
+                    return Err(JournalError::Damaged { path, offset, sequence: scan.sequence, detail });
+                }
+            }
+        }
+        Ok(scan)
+    }
+
+    fn take(&mut self, record: Record) {
+        match record {
+            Record::Created { journal, .. } => self.id = Some(journal),
+            Record::Handover { entry, .. } => self.entries.push(*entry),
+        }
+    }
+}
+
+fn next(bytes: &[u8], previous: &Digest, sequence: u64, seal: &dyn Seal) -> Next {
+    let torn_or = |detail: &str| {
+        // A crash leaves a short record, or zeros where the file grew before its data came.
+        if bytes.len() < HEAD_BYTES || zero_tail(bytes) {
+            Next::Torn
+        } else {
+            Next::Damaged(detail.to_owned())
+        }
+    };
+    let Some((head, rest)) = bytes.split_first_chunk::<HEAD_BYTES>() else { return torn_or("short") };
+    let length_bytes = [head[4], head[5], head[6], head[7]];
+    let length = u32::from_be_bytes(length_bytes) as usize;
+    if head[..4] != MAGIC || head[8..] != check(previous, length_bytes) || length > PAYLOAD_BYTES_MAX {
+        return torn_or("no record starts here");
+    }
+    let Some(body) = rest.get(..length + SEAL_BYTES) else { return Next::Torn };
+    let (payload, tail) = body.split_at(length);
+    let hash = link(previous, sequence, payload);
+    if tail[..32] != hash.0 {
+        // Whole, but not what was sealed: torn only if this is the last record and its end was never written.
+        let last = rest.len() == length + SEAL_BYTES;
+        return if last && zero_tail(body) {
+            Next::Torn
+        } else {
+            Next::Damaged("its hash differs".to_owned())
+        };
+    }
+    let mut signature = [0; 64];
+    signature.copy_from_slice(&tail[32..]);
+    if !seal.verifies(&hash, &signature) {
+        let last = rest.len() == length + SEAL_BYTES;
+        return if last && zero_tail(body) {
+            Next::Torn
+        } else {
+            Next::Damaged("it is not signed by this host's key".to_owned())
+        };
+    }
+    let record: Record = match serde_json::from_slice(payload) {
+        Ok(record) => record,
+        Err(e) => return Next::Damaged(format!("it cannot be understood by this version: {e}")),
+    };
+    if matches!(record, Record::Created { .. }) != (sequence == 0) {
+        return Next::Damaged("its place in the chain is wrong".to_owned());
+    }
+    Next::Record(record, hash, HEAD_BYTES + length + SEAL_BYTES)
+}
+
+/// Whether the bytes end in zeros as an unwritten page does: eight of them never end a signature by chance.
+fn zero_tail(bytes: &[u8]) -> bool {
+    bytes.len() >= 8 && bytes[bytes.len() - 8..].iter().all(|b| *b == 0)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use engine::handover::journal::{SourceEntry, SourceFact};
+    use types::handover::HandoverKey;
+    use types::{Epoch, MigrationId, VmId};
+
+    /// Not a signature: the tests are about the file.
+    struct Fake(u8);
+
+    impl Seal for Fake {
+        fn sign(&self, hash: &Digest) -> [u8; 64] {
+            let mut signature = [self.0; 64];
+            signature[..32].copy_from_slice(&hash.0);
+            signature
+        }
+        fn verifies(&self, hash: &Digest, signature: &[u8; 64]) -> bool {
+            self.sign(hash) == *signature
+        }
+        fn key(&self) -> String {
+            self.0.to_string()
+        }
+    }
+
+    fn entry(n: u8) -> Entry {
+        let key = HandoverKey {
+            migration: MigrationId::from_bytes([n; 16]),
+            vm: VmId::from_bytes([1; 16]),
+            source_epoch: Epoch(1),
+            target_epoch: Epoch(2),
+        };
+        Entry::Source(SourceEntry { key, fact: SourceFact::Freezing })
+    }
+
+    fn open(path: &Path, fresh: u8) -> Result<(Journal, Vec<Entry>), JournalError> {
+        Journal::open(path, Box::new(Fake(7)), Nonce::from_bytes([fresh; 16]))
+    }
+
+    fn written(entries: u8) -> (tempfile::TempDir, PathBuf, Vec<u8>) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal");
+        let (mut journal, _) = open(&path, 1).unwrap();
+        for n in 0..entries {
+            journal.append(&entry(n), 5).unwrap();
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        (folder, path, bytes)
+    }
+
+    #[test]
+    fn what_was_appended_is_read_back_with_the_first_id() {
+        let (_folder, path, _) = written(3);
+        let (mut journal, entries) = open(&path, 2).unwrap();
+        assert_eq!(entries, [entry(0), entry(1), entry(2)]);
+        assert_eq!(journal.id(), Nonce::from_bytes([1; 16]), "the id is drawn once");
+        journal.append(&entry(3), 6).unwrap();
+        assert_eq!(open(&path, 2).unwrap().1.len(), 4);
+    }
+
+    #[test]
+    fn a_torn_last_record_is_cut_at_every_length() {
+        let (_folder, path, whole) = written(2);
+        let (_f, _p, shorter) = written(1);
+        for length in shorter.len()..whole.len() {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            let (mut journal, entries) = open(&path, 2).unwrap();
+            assert_eq!(entries, [entry(0)], "at {length}");
+            journal.append(&entry(9), 1).unwrap();
+            assert_eq!(open(&path, 2).unwrap().1, [entry(0), entry(9)]);
+        }
+        // The file grew, its data never came.
+        let mut zeros = shorter.clone();
+        zeros.resize(whole.len(), 0);
+        std::fs::write(&path, &zeros).unwrap();
+        assert_eq!(open(&path, 2).unwrap().1, [entry(0)]);
+    }
+
+    #[test]
+    fn any_flipped_byte_is_damage() {
+        let (_folder, path, whole) = written(2);
+        for at in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x41;
+            std::fs::write(&path, &bytes).unwrap();
+            let error = open(&path, 2).map(|(_, entries)| entries).expect_err(&format!("byte {at}"));
+            assert!(matches!(error, JournalError::Damaged { .. }), "byte {at}: {error}");
+        }
+    }
+
+    #[test]
+    fn removed_and_foreign_records_are_damage() {
+        let (_folder, path, three) = written(3);
+        let (_f, _p, two) = written(2);
+        let (_g, _q, one) = written(1);
+        let without_second = [&one[..], &three[two.len()..]].concat();
+        std::fs::write(&path, without_second).unwrap();
+        assert!(matches!(open(&path, 2), Err(JournalError::Damaged { .. })));
+        std::fs::write(&path, &three).unwrap();
+        let other = Journal::open(&path, Box::new(Fake(8)), Nonce::from_bytes([2; 16]));
+        assert!(matches!(other, Err(JournalError::Damaged { .. })));
+    }
+
+    #[test]
+    fn a_full_disk_refuses_the_step_and_keeps_what_was_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=8k", "outrider-test"])
+            .arg(folder.path())
+            .status()
+            .is_ok_and(|s| s.success());
+        if !mounted {
+            eprintln!("SKIPPED: a tmpfs can't be mounted here");
+            return;
+        }
+        let path = folder.path().join("journal");
+        let (mut journal, _) = open(&path, 1).unwrap();
+        let mut kept = 0;
+        let refused = loop {
+            match journal.append(&entry(kept), 1) {
+                Ok(()) => kept += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(refused, JournalError::Write { .. }), "{refused}");
+        let read_back = open(&path, 2).map(|(_, entries)| entries.len());
+        std::fs::remove_file(&path).unwrap();
+        drop(journal);
+        let unmounted = std::process::Command::new("umount").arg(folder.path()).status();
+        assert!(unmounted.is_ok_and(|s| s.success()));
+        assert_eq!(read_back.unwrap(), usize::from(kept));
+    }
+}

@@ -1,0 +1,6 @@
+//! QEMU: the program, its command line, its inventory, its taps.
+
+pub mod binary;
+pub mod command;
+pub mod inventory;
+pub mod tap;

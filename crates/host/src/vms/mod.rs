@@ -1,0 +1,454 @@
+//! The VMs of this host: starting, stopping, preparing a target, adopting after a restart, cleaning up.
+//!
+//! A QEMU lives in its own session and cgroup and outlives the daemon. Its record is durable before it is started;
+//! its cgroup is named in the record, so that a process whose id was never written down is found all the same.
+
+pub mod instance;
+pub mod record;
+
+use crate::cgroup::{Group, Hierarchies};
+use crate::error::HostError;
+use crate::folders::{Folders, private_folder};
+use crate::freezer::{Freezer, FreezerKind};
+use crate::process::{Process, ProcessId, Spawn};
+use crate::qemu::binary::Binary;
+use crate::qemu::command::{DEVICES_MAX, Launch, Paths, arguments};
+use crate::qemu::{inventory, tap};
+use instance::Instance;
+use record::{Phase, Record};
+use rustix::process::Signal;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use types::inventory::Inventory;
+use types::vm::{Accel, FileRef, VmSpec};
+use types::{Digest, Epoch, ErrorCode, HandoverKey, Problem, VmId};
+
+/// Touching a large guest's memory takes seconds before the monitor answers.
+const START_TIMEOUT: Duration = Duration::from_secs(25);
+const START_POLL: Duration = Duration::from_millis(5);
+/// A polite `quit` gets this long before the kill.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(3);
+/// What of QEMU's own words goes into a problem.
+const LOG_TAIL_BYTES: usize = 600;
+
+/// The VMs of this host.
+#[derive(Debug)]
+pub struct Vms {
+    qemu: Option<PathBuf>,
+    user: Option<String>,
+    serial_log: bool,
+    folders: Folders,
+    group: Group,
+    instances: Mutex<BTreeMap<String, Arc<Instance>>>,
+    ended: mpsc::UnboundedSender<Arc<Instance>>,
+}
+
+/// How the VMs are run.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// QEMU, when not from PATH.
+    pub qemu: Option<PathBuf>,
+    /// User of QEMU.
+    pub user: Option<String>,
+    /// Whether consoles are logged.
+    pub serial_log: bool,
+    /// The daemon's folders.
+    pub folders: Folders,
+    /// Cgroup of the VMs.
+    pub cgroup: String,
+}
+
+/// A VM that was started.
+#[derive(Debug, Clone)]
+pub struct Started {
+    /// What its stream will look like.
+    pub inventory: Inventory,
+    /// QEMU's process.
+    pub pid: u32,
+}
+
+impl Vms {
+    /// With the receiver of instances that have ended and were cleaned up (one message per QEMU, so its length is
+    /// bounded by the number of QEMUs ever started).
+    #[must_use]
+    pub fn new(settings: Settings) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Instance>>) {
+        let (ended, receiver) = mpsc::unbounded_channel();
+        let vms = Self {
+            qemu: settings.qemu,
+            user: settings.user,
+            serial_log: settings.serial_log,
+            folders: settings.folders,
+            group: Hierarchies::detect().group(&settings.cgroup),
+            instances: Mutex::default(),
+            ended,
+        };
+        (Arc::new(vms), receiver)
+    }
+
+    /// Everything that lives here.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Instance>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// The QEMU that holds a VM under an epoch.
+    #[must_use]
+    pub fn find(&self, vm: VmId, epoch: Epoch) -> Option<Arc<Instance>> {
+        self.lock().values().find(|i| i.record().epoch == epoch && i.vm() == vm).cloned()
+    }
+
+    /// The QEMU in which a VM runs here (not one that waits for a migration).
+    #[must_use]
+    pub fn running(&self, vm: VmId) -> Option<Arc<Instance>> {
+        self.lock().values().find(|i| i.vm() == vm && i.record().phase == Phase::Running).cloned()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Instance>>> {
+        self.instances.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a VM. Repeating the order is harmless.
+    ///
+    /// # Errors
+    /// What is missing or wrong, in an operator's words; nothing is left behind.
+    pub async fn start(self: &Arc<Self>, spec: &VmSpec, epoch: Epoch) -> Result<Started, Problem> {
+        if let Some(instance) = self.lock().values().find(|i| i.vm() == spec.uuid) {
+            return started_before(instance, epoch);
+        }
+        let binary = self.check(spec).await?;
+        let machine = binary.machine(&spec.machine)?;
+        let record = self.draft(spec, epoch, machine, Phase::Starting);
+        let instance = self.launch(record, &binary).await?;
+        match self.let_go(&instance, epoch, &binary).await {
+            Ok(inventory) => Ok(Started { inventory, pid: instance.process().id().pid }),
+            Err(error) => {
+                self.end(&instance).await;
+                Err(error.problem())
+            }
+        }
+    }
+
+    async fn let_go(
+        &self,
+        instance: &Instance,
+        epoch: Epoch,
+        binary: &Binary,
+    ) -> Result<Inventory, HostError> {
+        let monitor = instance.monitor().await?;
+        let machine = instance.record().machine;
+        let inventory = inventory::learn(&monitor, &machine, &binary.hypervisor).await?;
+        instance.learned(inventory.clone())?;
+        // Running is on record before the guest runs: a crash in between leaves a paused guest that the manager
+        // takes for running, never a running one that is ended as half-built.
+        instance.change(Phase::Running, epoch)?;
+        monitor.execute("cont", json!({})).await?;
+        Ok(inventory)
+    }
+
+    /// Starts a QEMU that waits, paused, for the stream of a migration.
+    ///
+    /// # Errors
+    /// What is missing or wrong; nothing is left behind.
+    pub async fn prepare(
+        self: &Arc<Self>,
+        spec: &VmSpec,
+        key: &HandoverKey,
+        inventory: &Inventory,
+    ) -> Result<Arc<Instance>, Problem> {
+        let binary = self.check(spec).await?;
+        let machine = binary.machine(&inventory.machine)?;
+        let phase = Phase::Incoming { migration: key.migration };
+        let mut record = self.draft(spec, key.target_epoch, machine, phase);
+        record.inventory = Some(inventory.clone());
+        self.launch(record, &binary).await
+    }
+
+    /// Checks everything that can be known to fail before QEMU is started.
+    async fn check(&self, spec: &VmSpec) -> Result<Binary, Problem> {
+        spec.validate().map_err(|text| Problem::new(ErrorCode::BadRequest, text))?;
+        if spec.nics.len() > DEVICES_MAX || spec.disks.len() > DEVICES_MAX {
+            let text = format!("a VM has at most {DEVICES_MAX} interfaces and {DEVICES_MAX} disks");
+            return Err(Problem::new(ErrorCode::BadRequest, text));
+        }
+        if spec.tpm {
+            return Err(Problem::new(ErrorCode::BadRequest, "a virtual TPM is not supported yet"));
+        }
+        if spec.accel == Accel::Kvm && !Path::new("/dev/kvm").exists() {
+            return Err(Problem::new(ErrorCode::HypervisorFailed, "this host has no /dev/kvm")
+                .hint("enable virtualisation, or set `accel = \"tcg\"` in the VM's spec"));
+        }
+        for file in spec.kernel.iter().chain(&spec.initrd).cloned() {
+            tokio::task::spawn_blocking(move || check_file(&file))
+                .await
+                .map_err(|e| Problem::new(ErrorCode::Internal, e.to_string()))??;
+        }
+        for disk in &spec.disks {
+            if !Path::new(&disk.path).exists() {
+                let text = format!("disk image {} does not exist on this host", disk.path);
+                return Err(Problem::new(ErrorCode::BadRequest, text));
+            }
+        }
+        Binary::find(self.qemu.as_deref()).await
+    }
+
+    fn draft(&self, spec: &VmSpec, epoch: Epoch, machine: String, phase: Phase) -> Record {
+        Record {
+            slot: format!("{}-{}", &hex::encode(spec.uuid.as_bytes())[..8], epoch.0),
+            spec: spec.clone(),
+            epoch,
+            machine,
+            phase,
+            process: None,
+            taps: (0..spec.nics.len()).map(|index| tap::name(spec.uuid, epoch, index)).collect(),
+            inventory: None,
+        }
+    }
+
+    /// Record first, then cgroup, folder, taps, process, monitor; undone in full when any of it fails.
+    async fn launch(self: &Arc<Self>, mut record: Record, binary: &Binary) -> Result<Arc<Instance>, Problem> {
+        let (folder, group) = (self.folders.run.join(&record.slot), self.group.child(&record.slot));
+        record.save(&self.folders.records()).map_err(|e| e.problem())?;
+        let process = match self.spawn(&record, binary, &folder, &group).await {
+            Ok(process) => process,
+            Err(problem) => {
+                self.sweep(&record).await;
+                return Err(problem);
+            }
+        };
+        record.process = Some(process.id().clone());
+        let saved = record.save(&self.folders.records());
+        let instance = self.hold(record, process);
+        let ready = match saved {
+            Ok(()) => self.answering(&instance).await,
+            Err(error) => Err(error.problem()),
+        };
+        match ready {
+            Ok(()) => Ok(instance),
+            Err(problem) => {
+                self.end(&instance).await;
+                Err(problem)
+            }
+        }
+    }
+
+    async fn spawn(
+        &self,
+        record: &Record,
+        binary: &Binary,
+        folder: &Path,
+        group: &Group,
+    ) -> Result<Process, Problem> {
+        let prepare = || -> Result<(), HostError> {
+            private_folder(folder)?;
+            group.create()
+        };
+        prepare().map_err(|e| e.problem())?;
+        if let Some(user) = &self.user {
+            give_folder(folder, user).await?;
+        }
+        for (name, nic) in record.taps.iter().zip(&record.spec.nics) {
+            tap::create(name, &nic.bridge, self.user.as_deref()).await?;
+        }
+        let launch = Launch {
+            spec: &record.spec,
+            machine: &record.machine,
+            folder,
+            taps: &record.taps,
+            incoming: matches!(record.phase, Phase::Incoming { .. }),
+            serial_log: self.serial_log,
+        };
+        Spawn {
+            program: &binary.path,
+            arguments: arguments(&launch),
+            environment: vec![],
+            group,
+            user: self.user.as_deref(),
+            input: std::process::Stdio::null(),
+            log: &Paths::new(folder).log,
+        }
+        .start()
+        .map_err(|e| e.problem())
+    }
+
+    /// Waits until the monitor answers, or QEMU has ended and said why.
+    async fn answering(&self, instance: &Instance) -> Result<(), Problem> {
+        let work = async {
+            while instance.process().is_alive() {
+                if instance.paths().monitor.exists() && instance.monitor().await.is_ok() {
+                    return Ok(());
+                }
+                tokio::time::sleep(START_POLL).await;
+            }
+            Err(Problem::new(
+                ErrorCode::HypervisorFailed,
+                format!("QEMU ended at its start: {}", log_tail(&instance.paths().log)),
+            ))
+        };
+        tokio::time::timeout(START_TIMEOUT, work)
+            .await
+            .map_err(|_| Problem::new(ErrorCode::HypervisorFailed, "QEMU's monitor did not answer in time"))?
+    }
+
+    /// Takes a live process under management: from here on its end is noticed and cleaned up after.
+    fn hold(self: &Arc<Self>, record: Record, process: Process) -> Arc<Instance> {
+        let group = self.group.child(&record.slot);
+        let freezer = Freezer::new(FreezerKind::best(&group), &group, process.clone());
+        let folder = self.folders.run.join(&record.slot);
+        let slot = record.slot.clone();
+        let instance =
+            Arc::new(Instance::new(record, self.folders.records(), process, freezer, group, folder));
+        self.lock().insert(slot.clone(), instance.clone());
+        let (vms, held) = (self.clone(), instance.clone());
+        tokio::spawn(async move {
+            held.process().exited().await;
+            held.clean_up().await;
+            vms.lock().remove(&slot);
+            // The daemon is going down when nobody listens.
+            vms.ended.send(held).ok();
+        });
+        instance
+    }
+
+    /// Stops a VM for good. Repeating the order is harmless.
+    ///
+    /// # Errors
+    /// It is held under another epoch, or can't be ended.
+    pub async fn stop(&self, vm: VmId, epoch: Epoch) -> Result<(), Problem> {
+        let Some(instance) = self.lock().values().find(|i| i.vm() == vm).cloned() else { return Ok(()) };
+        let held = instance.record().epoch;
+        if held != epoch {
+            let text = format!("this host holds the VM under epoch {}, not {}", held.0, epoch.0);
+            return Err(Problem::new(ErrorCode::WrongState, text));
+        }
+        if let Ok(monitor) = instance.monitor().await {
+            // QEMU may close the connection before it has answered: what counts is that it ends.
+            monitor.execute_within("quit", json!({}), QUIT_TIMEOUT).await.ok();
+            tokio::time::timeout(QUIT_TIMEOUT, instance.process().exited()).await.ok();
+        }
+        instance.freezer().kill().await.map_err(|e| e.problem())?;
+        self.gone(&instance).await;
+        Ok(())
+    }
+
+    /// Ends a QEMU of which nothing is worth keeping (never one that may hold the only copy of a guest).
+    pub async fn end(&self, instance: &Arc<Instance>) {
+        if let Err(error) = instance.freezer().kill().await {
+            tracing::error!(%error, "cannot end QEMU");
+        }
+        self.gone(instance).await;
+    }
+
+    /// Waits until what has ended is cleaned up.
+    async fn gone(&self, instance: &Instance) {
+        let slot = instance.record().slot;
+        for _ in 0..500 {
+            if !self.lock().contains_key(&slot) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        tracing::error!(slot, "what an ended QEMU left behind is still there");
+    }
+
+    /// After a restart: takes back every QEMU that lives, and cleans up after those that do not.
+    ///
+    /// # Errors
+    /// The records can't be read.
+    pub async fn adopt(self: &Arc<Self>) -> Result<(), HostError> {
+        for record in Record::load_all(&self.folders.records())? {
+            let process = match &record.process {
+                Some(id) => Process::adopt(id)?,
+                None => None,
+            };
+            match process {
+                Some(process) if record.phase != Phase::Starting => {
+                    tracing::info!(vm = %record.spec.name, pid = process.id().pid, "QEMU adopted");
+                    self.hold(record, process);
+                }
+                _ => self.sweep(&record).await,
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what is left of a QEMU that is not held: a half-started one is ended, by its cgroup.
+    async fn sweep(&self, record: &Record) {
+        let group = self.group.child(&record.slot);
+        for pid in group.processes() {
+            let held = ProcessId::of(pid).and_then(|id| Process::adopt(&id));
+            // Only what is still in the group after it was held: the pid may have been reused in between.
+            if let Ok(Some(process)) = held
+                && group.processes().contains(&pid)
+            {
+                tracing::warn!(pid, slot = record.slot, "half-started QEMU ended");
+                if let Err(error) = process.signal(Signal::KILL) {
+                    tracing::error!(%error, pid, "cannot end a half-started QEMU");
+                }
+                tokio::time::timeout(QUIT_TIMEOUT, process.exited()).await.ok();
+            }
+        }
+        for name in &record.taps {
+            tap::remove(name).await;
+        }
+        let folder = self.folders.run.join(&record.slot);
+        if folder.exists()
+            && let Err(error) = std::fs::remove_dir_all(&folder)
+        {
+            tracing::warn!(folder = %folder.display(), %error, "cannot remove folder");
+        }
+        for _ in 0..50 {
+            if group.remove().is_ok() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        crate::folders::remove_file(&record.path(&self.folders.records()));
+    }
+}
+
+fn started_before(instance: &Instance, epoch: Epoch) -> Result<Started, Problem> {
+    let record = instance.record();
+    match (record.phase, record.inventory) {
+        (Phase::Running, Some(inventory)) if record.epoch == epoch => {
+            Ok(Started { inventory, pid: instance.process().id().pid })
+        }
+        _ => Err(Problem::new(
+            ErrorCode::VmAlreadyRunning,
+            format!("this host holds {} already, under epoch {}", record.spec.name, record.epoch.0),
+        )),
+    }
+}
+
+fn check_file(file: &FileRef) -> Result<(), Problem> {
+    let path = Path::new(&file.path);
+    let bad = |text: String| Problem::new(ErrorCode::BadRequest, text);
+    let mut hasher = blake3::Hasher::new();
+    std::fs::File::open(path)
+        .and_then(|opened| hasher.update_reader(opened).map(|_| ()))
+        .map_err(|e| bad(format!("cannot read {}: {e}", file.path)))?;
+    let found = Digest(*hasher.finalize().as_bytes());
+    if found == file.blake3 {
+        return Ok(());
+    }
+    Err(bad(format!("{} has BLAKE3 {found}, the VM's spec says {}", file.path, file.blake3))
+        .hint("install the right file on this host, or define the VM anew"))
+}
+
+async fn give_folder(folder: &Path, user: &str) -> Result<(), Problem> {
+    let status = tokio::process::Command::new("chown").arg(user).arg(folder).status().await;
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        _ => Err(Problem::new(ErrorCode::BadConfiguration, format!("qemu_user {user:?} does not exist"))),
+    }
+}
+
+fn log_tail(path: &Path) -> String {
+    let bytes = std::fs::read(path).unwrap_or_default();
+    let tail = &bytes[bytes.len().saturating_sub(LOG_TAIL_BYTES)..];
+    let text = String::from_utf8_lossy(tail).trim().to_owned();
+    if text.is_empty() { "it said nothing".to_owned() } else { text }
+}

@@ -1,0 +1,89 @@
+//! What the daemon remembers of a QEMU, written before QEMU is started, so that a restarted daemon finds it.
+
+use crate::error::HostError;
+use crate::folders::write_durably;
+use crate::process::ProcessId;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use types::inventory::Inventory;
+use types::vm::VmSpec;
+use types::{Epoch, MigrationId};
+
+/// One QEMU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// Name of its folder, its cgroup and this record.
+    pub slot: String,
+    /// The VM.
+    pub spec: VmSpec,
+    /// Epoch under which this host holds it.
+    pub epoch: Epoch,
+    /// Exact machine type.
+    pub machine: String,
+    /// How far it is.
+    pub phase: Phase,
+    /// The process, once started.
+    pub process: Option<ProcessId>,
+    /// Its taps.
+    pub taps: Vec<String>,
+    /// Its inventory, once learned or given.
+    pub inventory: Option<Inventory>,
+}
+
+/// How far a QEMU is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "phase")]
+pub enum Phase {
+    /// Being started; a daemon that finds it so after a restart ends it.
+    Starting,
+    /// The guest was let go.
+    Running,
+    /// Waits for a migration's stream, or holds it; the hand-over decides about it.
+    Incoming {
+        /// Which.
+        migration: MigrationId,
+    },
+}
+
+impl Record {
+    /// Its file.
+    #[must_use]
+    pub fn path(&self, folder: &Path) -> PathBuf {
+        folder.join(format!("{}.json", self.slot))
+    }
+
+    /// Makes it durable.
+    ///
+    /// # Errors
+    /// It can't be written: the act that it announces must not happen.
+    pub fn save(&self, folder: &Path) -> Result<(), HostError> {
+        let path = self.path(folder);
+        let bytes =
+            serde_json::to_vec_pretty(self).map_err(|e| HostError::file("cannot encode", &path, e))?;
+        write_durably(&path, &bytes)
+    }
+
+    /// Every record in the folder; a file that can't be read is named in the log and left alone.
+    ///
+    /// # Errors
+    /// The folder can't be read.
+    pub fn load_all(folder: &Path) -> Result<Vec<Self>, HostError> {
+        let files =
+            std::fs::read_dir(folder).map_err(|e| HostError::file("cannot read folder", folder, e))?;
+        let mut records = Vec::new();
+        for file in files.flatten().map(|f| f.path()).filter(|p| p.extension().is_some_and(|e| e == "json")) {
+            let read = std::fs::read(&file)
+                .map_err(std::io::Error::from)
+                .and_then(|bytes| serde_json::from_slice::<Self>(&bytes).map_err(std::io::Error::from));
+            match read {
+                Ok(record) => records.push(record),
+                Err(error) => {
+                    tracing::error!(path = %file.display(), %error, "cannot read the record of a VM")
+                }
+            }
+        }
+        records.sort_by(|a, b| a.slot.cmp(&b.slot));
+        Ok(records)
+    }
+}

@@ -1,0 +1,147 @@
+//! Real QEMUs under the VM table: start, inventory, stop, adoption after a restart, and nothing left behind.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use outrider_host::cgroup::Hierarchies;
+use outrider_host::folders::Folders;
+use outrider_host::vms::record::Phase;
+use outrider_host::vms::{Settings, Vms};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use types::vm::VmSpec;
+use types::{Epoch, ErrorCode, HandoverKey, MigrationId};
+
+struct Bench {
+    folder: tempfile::TempDir,
+    cgroup: String,
+}
+
+impl Bench {
+    fn new(name: &str) -> Option<Self> {
+        if !Path::new("/usr/bin/qemu-system-x86_64").exists() {
+            eprintln!("SKIPPED: QEMU is not installed");
+            return None;
+        }
+        let cgroup = format!("outrider-test-{name}-{}", std::process::id());
+        Some(Self { folder: tempfile::Builder::new().prefix("ovt").tempdir().unwrap(), cgroup })
+    }
+
+    fn vms(&self) -> Arc<Vms> {
+        let folders = Folders::create(&self.folder.path().join("s"), &self.folder.path().join("r")).unwrap();
+        let settings =
+            Settings { qemu: None, user: None, serial_log: false, folders, cgroup: self.cgroup.clone() };
+        let (vms, mut ended) = Vms::new(settings);
+        tokio::spawn(async move { while ended.recv().await.is_some() {} });
+        vms
+    }
+
+    fn nothing_is_left(&self) {
+        let count = |sub: &str| std::fs::read_dir(self.folder.path().join(sub)).unwrap().count();
+        assert_eq!((count("s/vms"), count("r")), (0, 0), "records and sockets are removed");
+        let group = Hierarchies::detect().group(&self.cgroup);
+        assert!(group.processes().is_empty());
+        group.remove().unwrap();
+    }
+}
+
+fn spec() -> VmSpec {
+    serde_json::from_value(serde_json::json!({
+        "uuid": "11111111-2222-3333-4444-555555555555", "name": "tiny", "accel": "tcg", "vcpus": 1,
+        "memory_bytes": 64 << 20,
+    }))
+    .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_starts_is_enrolled_and_stops() {
+    let Some(bench) = Bench::new("start") else { return };
+    let vms = bench.vms();
+    let started = vms.start(&spec(), Epoch(3)).await.unwrap();
+    assert!(started.inventory.machine.starts_with("pc-q35-"), "{:?}", started.inventory);
+    assert!(started.inventory.hypervisor.starts_with("qemu/"));
+    let ram = started.inventory.ram_blocks.iter().find(|b| b.name == "pc.ram").unwrap();
+    assert_eq!(ram.length_bytes, 64 << 20);
+    let instance = vms.running(spec().uuid).unwrap();
+    assert_eq!(instance.status().await.unwrap(), "running");
+    // Its own session and cgroup.
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", started.pid)).unwrap();
+    let session: u32 = stat.rsplit_once(") ").unwrap().1.split(' ').nth(3).unwrap().parse().unwrap();
+    assert_eq!(session, started.pid);
+    assert!(
+        Hierarchies::detect().group(&bench.cgroup).child(&instance.record().slot).processes()
+            == [started.pid]
+    );
+    // Repeating the order is harmless, another epoch is refused.
+    assert_eq!(vms.start(&spec(), Epoch(3)).await.unwrap().pid, started.pid);
+    assert_eq!(vms.start(&spec(), Epoch(4)).await.unwrap_err().code, ErrorCode::VmAlreadyRunning);
+    assert_eq!(vms.stop(spec().uuid, Epoch(4)).await.unwrap_err().code, ErrorCode::WrongState);
+    vms.stop(spec().uuid, Epoch(3)).await.unwrap();
+    vms.stop(spec().uuid, Epoch(3)).await.unwrap();
+    assert!(!instance.process().is_alive());
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_daemon_adopts_its_vms_and_sweeps_the_half_started() {
+    let Some(bench) = Bench::new("adopt") else { return };
+    let first = bench.vms();
+    let pid = first.start(&spec(), Epoch(1)).await.unwrap().pid;
+    let other = VmSpec { uuid: "21111111-2222-3333-4444-555555555555".parse().unwrap(), ..spec() };
+    first.start(&other, Epoch(1)).await.unwrap();
+    let half = first.running(other.uuid).unwrap();
+    half.change(Phase::Starting, Epoch(1)).unwrap();
+
+    let second = bench.vms();
+    second.adopt().await.unwrap();
+    assert_eq!(second.all().len(), 1);
+    assert!(!half.process().is_alive(), "a half-started QEMU is ended");
+    let adopted = second.running(spec().uuid).unwrap();
+    assert_eq!(adopted.process().id().pid, pid);
+    assert!(second.start(&spec(), Epoch(1)).await.is_ok(), "the inventory is remembered");
+    drop(first);
+    second.stop(spec().uuid, Epoch(1)).await.unwrap();
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_waits_paused_and_is_killed_frozen() {
+    let Some(bench) = Bench::new("target") else { return };
+    let vms = bench.vms();
+    let inventory = vms.start(&spec(), Epoch(1)).await.unwrap().inventory;
+    vms.stop(spec().uuid, Epoch(1)).await.unwrap();
+    let key = HandoverKey {
+        migration: MigrationId::from_bytes([1; 16]),
+        vm: spec().uuid,
+        source_epoch: Epoch(2),
+        target_epoch: Epoch(3),
+    };
+    let target = vms.prepare(&spec(), &key, &inventory).await.unwrap();
+    assert_eq!(target.status().await.unwrap(), "inmigrate");
+    target.freezer().freeze().await.unwrap();
+    target.freezer().kill().await.unwrap();
+    while !vms.all().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_missing_is_said_and_nothing_is_left() {
+    let Some(bench) = Bench::new("missing") else { return };
+    let vms = bench.vms();
+    let wrong_kernel = serde_json::json!({"path": "/etc/hostname", "blake3": "00".repeat(32)});
+    for (key, value, says) in [
+        ("kernel", wrong_kernel, "has BLAKE3"),
+        ("machine", "pc-q35-1.0".into(), "no machine type"),
+        ("cpu_model", "nonsense".into(), "QEMU ended at its start"),
+        ("nics", serde_json::json!([{"mac": "52:54:00:00:00:01", "bridge": "nobridge"}]), "nobridge"),
+        ("disks", serde_json::json!([{"path": "/no/disk", "format": "raw", "volume": "v"}]), "/no/disk"),
+    ] {
+        let mut json = serde_json::to_value(spec()).unwrap();
+        json[key] = value;
+        let spec: VmSpec = serde_json::from_value(json).unwrap();
+        let problem = vms.start(&spec, Epoch(1)).await.unwrap_err();
+        assert!(problem.to_string().contains(says), "{problem}");
+    }
+    bench.nothing_is_left();
+}
