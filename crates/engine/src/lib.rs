@@ -1,4 +1,5 @@
 //! Pure deciders: hand-over, admission, inspection.
 
+pub mod admission;
 pub mod handover;
 pub mod inspect;
