@@ -50,6 +50,13 @@ pub enum SourceFact {
         /// How the guest stood.
         prior: PriorRunState,
     },
+    /// The attempt was aborted before it started here: the source will never vote in it. Always the first entry.
+    Declined {
+        /// What the permit allows.
+        attempt: Box<Attempt>,
+        /// Why.
+        reason: AbortReason,
+    },
     /// QEMU will be frozen as soon as its stream has ended.
     Freezing,
     /// The source gave up before it voted, and will never vote in this attempt.

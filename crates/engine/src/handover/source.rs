@@ -17,183 +17,21 @@
 //! From `Voted` on the guest is frozen, and no timer, order or guess of this daemon lets it run again: only the two
 //! edges that the drawing names leave the state.
 
+mod messages;
+mod recover;
+
+pub use self::messages::{Effect, Event, Order, Outcome, QemuSeen};
+use self::recover::Past;
 use super::journal::{SourceEntry, SourceFact};
 use super::{
     Attempt, FROZEN_WATCHDOG_MS, QemuFacts, RESEND_MS, Reaction, RecoverError, Refusal, RenunciationProof,
-    Resolution, Rule, Rules, SWITCHOVER_LIMIT_MS, TargetStatus, Text, TimerKind, Weight, key_matches, reason,
+    Resolution, Rule, Rules, SWITCHOVER_LIMIT_MS, TargetStatus, TimerKind, Weight, key_matches, reason,
 };
-use serde::{Deserialize, Serialize};
 use types::ErrorCode;
 use types::handover::{
-    AbortReason, HandoverKey, NoVote, PriorRunState, ReleaseReceipt, RenounceRequest, SourceVote, Statement,
+    AbortReason, NoVote, PriorRunState, ReleaseReceipt, RenounceRequest, SourceVote, Statement,
     StreamEvidence, ThawReceipt,
 };
-
-/// What the manager tells a source.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "order")]
-pub enum Order {
-    /// Hold the relay; the guest runs on. From the guest's STOP on it means abort.
-    Suspend,
-    /// Relay again.
-    Resume,
-    /// Give up if you still can; once voted, have the target renounce.
-    Abort {
-        /// Why.
-        reason: AbortReason,
-    },
-    /// The target runs: destroy the frozen copy.
-    Release,
-    /// The operator's word that the target is dead.
-    Fenced {
-        /// What follows from it.
-        resolution: Resolution,
-    },
-    /// Say again where you stand.
-    Present,
-    /// The hand-over has ended in the registry; nothing more will be asked.
-    Close,
-}
-
-/// What happens to a source.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// QEMU's STOP event.
-    GuestStopped,
-    /// QEMU's RESUME event.
-    GuestResumed,
-    /// The VM agent: the whole stream has left, and QEMU has been silent since.
-    EndOfStream(StreamEvidence),
-    /// Result of [`Effect::Freeze`]: the frozen state was read back.
-    FreezeConfirmed,
-    /// Result of [`Effect::Freeze`].
-    FreezeFailed {
-        /// Why.
-        detail: String,
-    },
-    /// Result of [`Effect::Prove`].
-    ProofOk,
-    /// Result of [`Effect::Prove`].
-    ProofFailed {
-        /// What moved.
-        detail: String,
-    },
-    /// QEMU gave the migration up by itself (`failed`, `cancelled`, or `migrate` was refused).
-    MigrationFailed {
-        /// QEMU's words.
-        detail: String,
-    },
-    /// Result of [`Effect::YankOrCancel`]: no migration is left in QEMU and the guest stands as before.
-    Cancelled,
-    /// An order of the manager.
-    Order {
-        /// The attempt that it names.
-        key: HandoverKey,
-        /// The order.
-        order: Order,
-    },
-    /// A renunciation, verified, from the target directly or through the manager.
-    Renounced(RenunciationProof),
-    /// The target's answer to the request to renounce.
-    TargetStatus {
-        /// The attempt that it names.
-        key: HandoverKey,
-        /// What it says.
-        status: TargetStatus,
-    },
-    /// A timer fired.
-    Timer(TimerKind),
-    /// QEMU is dead (its pid descriptor says so); also the result of [`Effect::KillFrozenQemu`].
-    QemuDied,
-    /// Result of [`Effect::KillFrozenQemu`]: the process is not the journalled one, or is not frozen.
-    KillRefused {
-        /// Which.
-        detail: String,
-    },
-    /// The VM agent or its channel ended.
-    ChannelLost {
-        /// Why.
-        detail: String,
-    },
-    /// The manager was reached again.
-    ManagerContact,
-}
-
-/// What a source wants done. The shell runs them in order.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Effect {
-    /// Append and make durable before anything that follows.
-    Journal(SourceEntry),
-    /// Tell QEMU to migrate into the VM agent's socket. Failure comes back as [`Event::MigrationFailed`].
-    StartMigration,
-    /// The VM agent stops relaying.
-    SuspendRelay,
-    /// The VM agent relays again.
-    ResumeRelay,
-    /// Freeze QEMU's process and read the frozen state back ([`Event::FreezeConfirmed`] or `FreezeFailed`).
-    Freeze,
-    /// Over a fresh nonce: every QEMU socket is open and was never closed, QEMU wrote nothing since the end of the
-    /// stream but return-path replies, and the buffered QMP events hold no RESUME since STOP (for a guest whose
-    /// user had paused it: no RESUME at all). [`Event::ProofOk`] or `ProofFailed`.
-    Prove {
-        /// How the guest stood before.
-        prior: PriorRunState,
-    },
-    /// Tell the VM agent that FROZEN is journalled: its guard ([`super::FREEZE_GUARD_MS`]) ends.
-    TellAgentFrozen,
-    /// Sign and send to the manager.
-    Send(Statement),
-    /// Show the target's renunciation to the manager.
-    Present(RenunciationProof),
-    /// Sign and send to the target, directly and through the manager.
-    AskRenounce(Statement),
-    /// End the VM agent; QEMU's sockets close.
-    CloseAgent,
-    /// Let QEMU's process run. No error if it is not frozen.
-    Thaw,
-    /// Make QEMU's migration end and the guest stand as before: `migrate_cancel`, `yank` where QMP is blocked, `cont`
-    /// if it is left in `postmigrate` and its user had not paused it. [`Event::Cancelled`] when it is so; no answer
-    /// means that it is tried again.
-    YankOrCancel {
-        /// How the guest stood before.
-        prior: PriorRunState,
-    },
-    /// Kill exactly this process, and only if it is frozen (v1 freezer: kill, then thaw). [`Event::QemuDied`] once
-    /// its pid descriptor says so, or [`Event::KillRefused`].
-    KillFrozenQemu(QemuFacts),
-    /// Start a timer, replacing one of the same kind.
-    SetTimer(TimerKind, u64),
-    /// Stop a timer.
-    ClearTimer(TimerKind),
-    /// Tell the people.
-    Report(Weight, Text),
-    /// The source's part has ended; the machine only answers late messages from here on.
-    Done(Outcome),
-}
-
-/// How a source's part ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Outcome {
-    /// The target runs the VM; the copy here is destroyed.
-    Migrated,
-    /// The guest runs here.
-    Kept,
-    /// The copy here was stale and is destroyed; the VM restarts from its disk.
-    Discarded,
-    /// QEMU died.
-    Lost,
-}
-
-/// What the daemon sees of QEMU's process when it recovers. Another boot id or start time means dead.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum QemuSeen {
-    /// Frozen.
-    Frozen,
-    /// Not frozen.
-    Running,
-    /// Gone.
-    Dead,
-}
 
 /// The machine. One per attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -263,6 +101,17 @@ impl Source {
         (Self { shared, state: State::Streaming { suspended: false } }, effects)
     }
 
+    /// Declines an attempt that never started here: an order to abort came for it and no machine knows it. Journalled,
+    /// so that a START that was only late finds the promise never to vote.
+    #[must_use]
+    pub fn decline(attempt: Attempt, reason: AbortReason) -> (Self, Vec<Effect>) {
+        let shared = Shared::declining(Rules::ALL, attempt);
+        let fact = SourceFact::Declined { attempt: Box::new(shared.attempt.clone()), reason: reason.clone() };
+        let mut effects = vec![shared.journal(fact)];
+        effects.extend(shared.send_no_vote(&reason));
+        (Self { shared, state: State::Cancelling { reason, runs: true } }, effects)
+    }
+
     /// Rebuilds the machine from the entries of one attempt, oldest first, and from what is seen of QEMU; the
     /// effects take up where the crash cut. No VM agent outlives its daemon.
     ///
@@ -282,13 +131,18 @@ impl Source {
     ) -> Result<(Self, Effects), RecoverError> {
         let mut entries = entries.into_iter();
         let first = entries.next();
-        let Some(SourceEntry { key, fact: SourceFact::Opened { attempt, qemu, prior } }) = first else {
-            return Err(RecoverError::NoAttempt { migration: first.map(|e| e.key.migration) });
+        let (shared, mut past) = match first.map(|e| &e.fact) {
+            Some(SourceFact::Opened { attempt, qemu, prior }) => {
+                (Shared { attempt: (**attempt).clone(), qemu: *qemu, prior: *prior, rules }, Past::Open)
+            }
+            Some(SourceFact::Declined { attempt, reason }) => {
+                (Shared::declining(rules, (**attempt).clone()), Past::Declined(reason.clone()))
+            }
+            _ => return Err(RecoverError::NoAttempt { migration: first.map(|e| e.key.migration) }),
         };
-        let shared = Shared { attempt: (**attempt).clone(), qemu: *qemu, prior: *prior, rules };
-        let mut past = Past::Open;
+        let key = shared.attempt.key;
         for entry in entries {
-            if entry.key != *key {
+            if entry.key != key {
                 let (first, other) = (key.migration, entry.key.migration);
                 return Err(RecoverError::MixedAttempts { first, other });
             }
@@ -352,6 +206,12 @@ impl Source {
 }
 
 impl Shared {
+    /// A declined attempt has no QEMU: its only state asks nothing of one.
+    fn declining(rules: Rules, attempt: Attempt) -> Self {
+        let qemu = QemuFacts { pid: 0, start_time_ticks: 0, boot: attempt.nonce };
+        Self { attempt, qemu, prior: PriorRunState::Running, rules }
+    }
+
     /// Sorts out what names another attempt, then asks the state.
     fn next(&self, state: State, event: Event) -> Next {
         let named = match &event {
@@ -716,7 +576,7 @@ impl Shared {
                 let effects = self.send_no_vote(&reason);
                 (State::Cancelling { reason, runs }, Reaction::refused(Refusal::GaveUp, effects))
             }
-            Event::QemuDied => self.lose(),
+            Event::QemuDied if !runs => self.lose(),
             _ => (State::Cancelling { reason, runs }, Reaction::ignored()),
         }
     }
@@ -885,112 +745,4 @@ fn closed(last: Option<Last>, outcome: Outcome, event: Event) -> Next {
 
 fn resend_timer() -> Effect {
     Effect::SetTimer(TimerKind::Resend, RESEND_MS)
-}
-
-/// The journal so far, folded.
-enum Past {
-    Open,
-    NoVote(AbortReason),
-    Voted {
-        vote: SourceVote,
-        asked: bool,
-    },
-    Freed(FreedBy),
-    Releasing(StreamEvidence, Outcome),
-    Released(StreamEvidence, Outcome),
-    /// With its vote, if it had voted.
-    Lost(Option<SourceVote>),
-    Closed(Box<Self>),
-}
-
-impl Past {
-    fn then(self, fact: &SourceFact) -> Self {
-        match (self, fact) {
-            (Self::Closed(past), _) => Self::Closed(past),
-            (past, SourceFact::Opened { .. } | SourceFact::Freezing) => past,
-            (_, SourceFact::NoVote { reason }) => Self::NoVote(reason.clone()),
-            (_, SourceFact::Frozen { vote }) => Self::Voted { vote: vote.clone(), asked: false },
-            (Self::Voted { vote, .. }, SourceFact::Asked { .. }) => Self::Voted { vote, asked: true },
-            (past, SourceFact::Asked { .. }) => past,
-            (_, SourceFact::RenunciationAccepted { proof }) => {
-                Self::Freed(FreedBy::Renunciation(proof.clone()))
-            }
-            (_, SourceFact::FenceAccepted { resolution: Resolution::Thaw }) => Self::Freed(FreedBy::Fence),
-            (past, SourceFact::FenceAccepted { resolution: Resolution::Discard }) => {
-                past.releasing(Outcome::Discarded)
-            }
-            (past, SourceFact::Releasing) => past.releasing(Outcome::Migrated),
-            (Self::Releasing(evidence, outcome), SourceFact::Released) => Self::Released(evidence, outcome),
-            (past, SourceFact::Released) => past,
-            (Self::Voted { vote, .. }, SourceFact::Lost) => Self::Lost(Some(vote)),
-            (Self::Freed(freed_by), SourceFact::Lost) => Self::Freed(freed_by),
-            (_, SourceFact::Lost) => Self::Lost(None),
-            (past, SourceFact::Closed) => Self::Closed(Box::new(past)),
-        }
-    }
-
-    fn releasing(self, outcome: Outcome) -> Self {
-        match self {
-            Self::Voted { vote, .. } | Self::Lost(Some(vote)) => Self::Releasing(vote.evidence, outcome),
-            past => past,
-        }
-    }
-}
-
-impl Shared {
-    /// Where a restarted daemon takes up.
-    fn resume(&self, past: Past, seen: QemuSeen) -> (State, Effects) {
-        let restart = || reason(ErrorCode::SourceFailed, "the source's daemon restarted before the vote");
-        let next = match (past, seen) {
-            (Past::Closed(past), _) => return (self.ended(*past), Vec::new()),
-            (Past::Released(evidence, outcome), _) => {
-                return (State::Released { evidence, outcome }, self.send_released(evidence));
-            }
-            (Past::Releasing(evidence, outcome), QemuSeen::Dead) => {
-                self.releasing(evidence, outcome, Event::QemuDied)
-            }
-            (Past::Releasing(evidence, outcome), _) => self.kill(evidence, outcome, Vec::new()),
-            (Past::Open | Past::NoVote(_), QemuSeen::Dead) => self.lose(),
-            (Past::Open, _) => self.give_up(restart()),
-            (Past::NoVote(reason), _) => self.give_up(reason),
-            (Past::Voted { vote, .. }, QemuSeen::Dead) => self.lose_after_vote(vote),
-            (Past::Voted { vote, asked }, QemuSeen::Frozen) => {
-                let mut effects = self.present_vote(&vote, asked);
-                effects.push(Effect::SetTimer(TimerKind::Watchdog, FROZEN_WATCHDOG_MS));
-                return (State::Voted { vote, asked }, effects);
-            }
-            (Past::Voted { vote, asked }, QemuSeen::Running) => self.voted(vote, asked, Event::GuestResumed),
-            (Past::Freed(freed_by), QemuSeen::Dead) => {
-                let effects = self.present_thaw(&freed_by);
-                return (State::Thawed { freed_by, runs: true }, effects);
-            }
-            (Past::Freed(freed_by), _) => {
-                let mut effects = self.thaw_effects();
-                effects.extend(self.present_thaw(&freed_by));
-                return (State::Thawed { freed_by, runs: false }, effects);
-            }
-            (Past::Lost(Some(vote)), _) => {
-                let effects = vec![Effect::Send(Statement::Frozen(vote.clone())), resend_timer()];
-                return (State::VotedLost { vote }, effects);
-            }
-            (Past::Lost(None), _) => self.lose(),
-        };
-        let (state, reaction) = next;
-        (state, reaction.effects)
-    }
-
-    fn ended(&self, past: Past) -> State {
-        let says = |statement| Some(Last::Statement(Box::new(statement)));
-        let (last, outcome) = match past {
-            Past::Releasing(evidence, outcome) | Past::Released(evidence, outcome) => {
-                (says(self.release_receipt(evidence)), outcome)
-            }
-            Past::NoVote(reason) => (says(self.no_vote(&reason)), Outcome::Kept),
-            Past::Freed(FreedBy::Renunciation(proof)) => (Some(Last::Proof(proof)), Outcome::Kept),
-            Past::Freed(FreedBy::Fence) => (says(self.thaw_receipt()), Outcome::Kept),
-            Past::Open | Past::Voted { .. } | Past::Closed(_) => (None, Outcome::Kept),
-            Past::Lost(_) => (None, Outcome::Lost),
-        };
-        State::Closed { last, outcome }
-    }
 }

@@ -16,171 +16,20 @@
 //! Before its vote the target may give up on its own. After it, only the registry (VOID), a source that still holds
 //! its frozen QEMU, or the death of its own copy makes it renounce; after `cont` may have been sent, nothing does.
 
+mod messages;
+mod recover;
+
+pub use self::messages::{Effect, Event, Order, Outcome, QemuSeen, QemuStatus, RunState};
+use self::recover::Past;
 use super::journal::{AlreadyConsumed, NonceLedger, TargetEntry, TargetFact};
 use super::{
-    Attempt, QEMU_POLL_MS, QemuFacts, RESEND_MS, Reaction, RecoverError, Refusal, Rule, Rules, TargetStatus,
-    Text, TimerKind, Weight, key_matches, reason,
+    Attempt, QEMU_POLL_MS, RESEND_MS, Reaction, RecoverError, Refusal, Rule, Rules, TargetStatus, TimerKind,
+    Weight, key_matches, reason,
 };
-use serde::{Deserialize, Serialize};
 use types::ErrorCode;
 use types::handover::{
-    AbortReason, HandoverKey, PriorRunState, RenounceRequest, Renunciation, RunningReceipt, Statement,
-    StreamEvidence, TargetVote,
+    AbortReason, PriorRunState, Renunciation, RunningReceipt, Statement, StreamEvidence, TargetVote,
 };
-
-/// What the manager tells a target.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "order")]
-pub enum Order {
-    /// The registry holds the commit: run.
-    Commit {
-        /// The stream that both sides voted on.
-        evidence: StreamEvidence,
-        /// How the guest stood before.
-        prior: PriorRunState,
-    },
-    /// Give up if you have not voted.
-    Abort {
-        /// Why.
-        reason: AbortReason,
-    },
-    /// The registry will never commit this attempt: renounce.
-    Void {
-        /// Why.
-        reason: AbortReason,
-    },
-    /// Say again where you stand.
-    Present,
-    /// The hand-over has ended in the registry; nothing more will be asked.
-    Close,
-}
-
-/// How the target's QEMU stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum RunState {
-    /// `query-status` says `paused` (or `prelaunch` with the incoming migration done).
-    Paused,
-    /// It says `inmigrate`.
-    InMigrate,
-    /// vCPUs run.
-    Running,
-}
-
-/// Result of [`Effect::QueryQemu`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct QemuStatus {
-    /// `query-migrate` says `completed`.
-    pub completed: bool,
-    /// `query-status`.
-    pub run: RunState,
-}
-
-/// What happens to a target.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// Result of [`Effect::PrepareQemu`].
-    QemuPrepared(QemuFacts),
-    /// Result of [`Effect::PrepareQemu`].
-    PrepareFailed {
-        /// Why.
-        detail: String,
-    },
-    /// The VM agent: complete, accepted by the inspector, released to QEMU; both agents' digests are equal.
-    StreamAccepted(StreamEvidence),
-    /// The inspector refused the stream.
-    StreamRejected {
-        /// Why.
-        detail: String,
-    },
-    /// Result of [`Effect::QueryQemu`].
-    QemuStatus(QemuStatus),
-    /// Result of [`Effect::Cont`].
-    ContDone,
-    /// Result of [`Effect::Cont`]: QEMU refused, and `query-status` afterwards says whether the VM is still paused.
-    ContRefused {
-        /// Whether it is.
-        still_paused: bool,
-    },
-    /// An order of the manager.
-    Order {
-        /// The attempt that it names.
-        key: HandoverKey,
-        /// The order.
-        order: Order,
-    },
-    /// The source's signed request, verified, directly or through the manager.
-    Asked(RenounceRequest),
-    /// A timer fired.
-    Timer(TimerKind),
-    /// QEMU is dead (its pid descriptor says so), or was never started; also the result of [`Effect::KillQemu`].
-    QemuDied,
-    /// The VM agent or its channel ended.
-    ChannelLost {
-        /// Why.
-        detail: String,
-    },
-    /// The manager was reached again.
-    ManagerContact,
-}
-
-/// What a target wants done. The shell runs them in order.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Effect {
-    /// Append and make durable before anything that follows.
-    Journal(TargetEntry),
-    /// Start QEMU with incoming deferred, in its own session and cgroup. [`Event::QemuPrepared`] or `PrepareFailed`.
-    PrepareQemu {
-        /// With `-S`: always, outside mutation tests.
-        paused: bool,
-    },
-    /// Tell the manager that the stream may come.
-    Ready,
-    /// Ask `query-migrate` and `query-status` ([`Event::QemuStatus`]).
-    QueryQemu,
-    /// `cont` ([`Event::ContDone`] or `ContRefused`).
-    Cont,
-    /// `announce-self`, and tell the VM agent that the guest runs. Harmless when repeated.
-    Announce,
-    /// Sign and send to the manager; [`Statement::Renounced`] also to the source directly.
-    Send(Statement),
-    /// Answer the source's request, the way it came.
-    Answer(TargetStatus),
-    /// Kill this attempt's QEMU, whichever state it is in, and wait for its death ([`Event::QemuDied`], also when
-    /// there is none).
-    KillQemu,
-    /// End the VM agent.
-    CloseAgent,
-    /// Start a timer, replacing one of the same kind.
-    SetTimer(TimerKind, u64),
-    /// Stop a timer.
-    ClearTimer(TimerKind),
-    /// Tell the people.
-    Report(Weight, Text),
-    /// The target's part has ended; the machine only answers late messages from here on.
-    Done(Outcome),
-}
-
-/// How a target's part ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Outcome {
-    /// The VM is here.
-    Runs,
-    /// It never ran here.
-    Renounced,
-    /// It ran here, or may have, and died.
-    Lost,
-}
-
-/// What the daemon sees of the attempt's QEMU when it recovers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum QemuSeen {
-    /// Alive, not running: incoming or paused.
-    Paused,
-    /// vCPUs run.
-    Running,
-    /// Gone, or never started.
-    Dead,
-}
 
 /// The machine. One per attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -254,6 +103,25 @@ impl Target {
             Effect::PrepareQemu { paused: rules.has(Rule::TargetStartsPaused) },
         ]);
         Ok((Self { shared, state: State::Preparing }, effects))
+    }
+
+    /// Renounces an attempt that was never prepared here: an order to end it came and no machine knows it. Consumes
+    /// the nonce, so that a PREPARE that was only late finds it used.
+    ///
+    /// # Errors
+    /// The nonce was consumed before: the machine that consumed it answers.
+    pub fn decline(
+        attempt: Attempt,
+        reason: AbortReason,
+        ledger: &mut NonceLedger,
+    ) -> Result<(Self, Vec<Effect>), AlreadyConsumed> {
+        ledger.consume(&attempt)?;
+        let shared = Shared { attempt, rules: Rules::ALL };
+        let mut effects =
+            vec![shared.journal(TargetFact::Consumed { attempt: Box::new(shared.attempt.clone()) })];
+        let (state, reaction) = shared.renounce(reason);
+        effects.extend(reaction.effects);
+        Ok((Self { shared, state }, effects))
     }
 
     /// Rebuilds the machine from the entries of one attempt, oldest first, and from what is seen of QEMU; the
@@ -719,72 +587,4 @@ fn closed(last: Option<Box<Statement>>, outcome: Outcome, event: Event) -> Next 
 
 fn resend_timer() -> Effect {
     Effect::SetTimer(TimerKind::Resend, RESEND_MS)
-}
-
-/// The journal so far, folded.
-enum Past {
-    Unvoted,
-    Voted(TargetVote),
-    Run(TargetVote, PriorRunState),
-    Renounced(AbortReason),
-    Lost,
-    Closed(Box<Self>),
-}
-
-impl Past {
-    fn then(self, fact: &TargetFact) -> Self {
-        match (self, fact) {
-            (Self::Closed(past), _) => Self::Closed(past),
-            (past, TargetFact::Consumed { .. } | TargetFact::Prepared { .. }) => past,
-            (_, TargetFact::Voted { vote }) => Self::Voted(vote.clone()),
-            (Self::Voted(vote), TargetFact::Run { prior }) => Self::Run(vote, *prior),
-            (past, TargetFact::Run { .. }) => past,
-            (_, TargetFact::Renounced { reason }) => Self::Renounced(reason.clone()),
-            (_, TargetFact::Lost) => Self::Lost,
-            (past, TargetFact::Closed) => Self::Closed(Box::new(past)),
-        }
-    }
-}
-
-impl Shared {
-    /// Where a restarted daemon takes up.
-    fn resume(&self, past: Past, seen: QemuSeen) -> (State, Effects) {
-        let restart = || reason(ErrorCode::TargetFailed, "the target's daemon restarted before the vote");
-        let (state, reaction) = match (past, seen) {
-            (Past::Closed(past), _) => return (self.ended(*past), Vec::new()),
-            (Past::Renounced(reason), _) => {
-                return (State::Renouncing { reason }, vec![Effect::KillQemu, resend_timer()]);
-            }
-            (Past::Unvoted | Past::Voted(_), QemuSeen::Running) => self.ran_by_itself(),
-            (Past::Unvoted, _) => self.renounce(restart()),
-            (Past::Voted(vote), QemuSeen::Dead) => self.voted(vote, Event::QemuDied),
-            (Past::Voted(vote), QemuSeen::Paused) => {
-                let effects = present_vote(&vote);
-                return (State::Voted { vote }, effects);
-            }
-            (Past::Run(vote, prior), QemuSeen::Running) => self.runs(&vote, prior),
-            (Past::Run(vote, prior), QemuSeen::Paused) => {
-                return (State::Starting { vote, prior, cont: Cont::Unknown }, vec![Effect::QueryQemu]);
-            }
-            (Past::Run(..), QemuSeen::Dead) => {
-                self.lose("QEMU died on the target when the VM may have run; it restarts from its disk")
-            }
-            (Past::Lost, _) => self.ran_by_itself(),
-        };
-        (state, reaction.effects)
-    }
-
-    fn ended(&self, past: Past) -> State {
-        let Attempt { key, permit, .. } = self.attempt;
-        let (last, outcome) = match past {
-            Past::Run(vote, state) => {
-                let receipt = RunningReceipt { key, permit, evidence: vote.evidence, state };
-                (Some(Box::new(Statement::Running(receipt))), Outcome::Runs)
-            }
-            Past::Renounced(_) => (Some(Box::new(self.renunciation())), Outcome::Renounced),
-            Past::Unvoted | Past::Voted(_) | Past::Closed(_) => (None, Outcome::Renounced),
-            Past::Lost => (None, Outcome::Lost),
-        };
-        State::Closed { last, outcome }
-    }
 }
