@@ -48,7 +48,10 @@ impl Programs {
                 return Ok(Self { outrider, agent });
             }
         }
-        bail!("outrider and outrider-agent are not built beside {} (run `cargo build --workspace`)", own.display())
+        bail!(
+            "outrider and outrider-agent are not built beside {} (run `cargo build --workspace`)",
+            own.display()
+        )
     }
 }
 
@@ -172,8 +175,19 @@ impl Fleet {
         let macs = format!("{},{}", host.control_mac(), host.migration_mac());
         let (control, migration) = (host.control_address(), host.migration_address());
         let arguments = [
-            "host", "add", host.name(), "--control-address", &control, "--migration-address", &migration, "--mac", &macs,
-            "--memory", "8GiB", "--vcpus", "8",
+            "host",
+            "add",
+            host.name(),
+            "--control-address",
+            &control,
+            "--migration-address",
+            &migration,
+            "--mac",
+            &macs,
+            "--memory",
+            "8GiB",
+            "--vcpus",
+            "8",
         ];
         let added = self.json(&arguments)?;
         let token = added["join_token"].as_str().context("host add printed no join token")?;
@@ -209,7 +223,9 @@ impl Fleet {
     }
 
     fn still_runs(&mut self, machine: Machine) -> Result<()> {
-        let Some(child) = self.daemons.get_mut(&machine) else { bail!("{} was never started", machine.name()) };
+        let Some(child) = self.daemons.get_mut(&machine) else {
+            bail!("{} was never started", machine.name())
+        };
         if let Some(status) = child.try_wait().context("looking at a daemon")? {
             bail!("{} ended ({status}): {}", machine.name(), self.log(machine));
         }
@@ -223,6 +239,19 @@ impl Fleet {
             child.wait().context("waiting for a killed daemon")?;
         }
         Ok(())
+    }
+
+    /// Waits for a daemon that was told to end.
+    pub fn wait_end(&mut self, machine: Machine, limit: Duration) -> Result<()> {
+        let Some(mut child) = self.daemons.remove(&machine) else { return Ok(()) };
+        let ended = process::wait_for(&format!("{} to end", machine.name()), limit, || {
+            Ok(child.try_wait().context("looking at a daemon")?.map(|_| ()))
+        });
+        if ended.is_err() {
+            child.kill().context("killing a daemon")?;
+            child.wait().context("waiting for a killed daemon")?;
+        }
+        ended
     }
 
     /// Sends a signal to a daemon.
@@ -259,7 +288,10 @@ impl Fleet {
         let state = self.state_folder(Machine::Manager);
         let mut command = self.net.node(Machine::Manager).command(&self.programs.outrider);
         command.args(arguments);
-        command.env("OUTRIDER_MANAGER", format!("https://{}:{OPERATOR_PORT}", Machine::Manager.control_address()));
+        command.env(
+            "OUTRIDER_MANAGER",
+            format!("https://{}:{OPERATOR_PORT}", Machine::Manager.control_address()),
+        );
         command.env("OUTRIDER_TOKEN_FILE", state.join("admin.token"));
         command.env("OUTRIDER_CA", state.join("ca.pem"));
         command
@@ -329,10 +361,9 @@ impl Fleet {
     fn configure_manager(&self) -> Result<()> {
         let address = Machine::Manager.control_address();
         let config = json!({
-            "state_folder": self.state_folder(Machine::Manager),
+            "state": self.state_folder(Machine::Manager),
             "operator_listen": format!("{address}:{OPERATOR_PORT}"),
-            "host_listen": format!("{address}:{HOST_PORT}"),
-            "advertise_host_address": format!("{address}:{HOST_PORT}"),
+            "hosts_listen": format!("{address}:{HOST_PORT}"),
         });
         self.write_config(Machine::Manager, &config)
     }

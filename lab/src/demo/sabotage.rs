@@ -1,0 +1,128 @@
+//! Real damage, one kind for each claim of the demo: a claim that can't fail proves nothing.
+
+use std::fs;
+use std::net::UdpSocket;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::Options;
+use crate::fleet::{Fleet, Guest};
+use crate::guest::GuestImage;
+use crate::net::{self, Machine};
+use crate::process;
+use crate::vm::{Vm, VmOptions};
+
+/// What is broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Sabotage {
+    /// The target's QEMU is killed in memory transfer: the migration fails.
+    KilledTarget,
+    /// The client's connection is reset.
+    Client,
+    /// The guest's QEMU is stopped after the migration: it runs nowhere.
+    StoppedTarget,
+    /// A second copy of the VM is started on host-a: two run, and the second starts from an older state.
+    SecondCopy,
+    /// The secret crosses the migration network in clear.
+    SecretInClear,
+    /// The beginning of QEMU's stream crosses it.
+    StreamInClear,
+    /// The VM's name crosses it.
+    NameInClear,
+    /// Nothing is captured.
+    NoCapture,
+    /// A byte of the audit log is changed on disk.
+    Audit,
+    /// The lab is not torn down before the look at what is left.
+    Leftovers,
+}
+
+/// How long a killed or stopped process may take to show.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Breaks what is broken once the migration is over.
+pub(super) fn after_migration(
+    options: &Options,
+    fleet: &mut Fleet,
+    guest: &Guest,
+    image: &GuestImage,
+    secret: &str,
+) -> Result<()> {
+    for sabotage in &options.sabotage {
+        match sabotage {
+            Sabotage::Client => reset_client(fleet)?,
+            Sabotage::StoppedTarget => {
+                let pid = Pid::from_raw(qemu_on(fleet, Machine::HostB)?).context("a QEMU has a pid")?;
+                kill_process(pid, Signal::STOP).context("stopping the target's QEMU")?;
+            }
+            Sabotage::SecondCopy => second_copy(fleet, guest, image)?,
+            Sabotage::SecretInClear => in_clear(fleet, secret.as_bytes())?,
+            Sabotage::StreamInClear => in_clear(fleet, b"QEVM\0\0\0\x03")?,
+            Sabotage::NameInClear => in_clear(fleet, guest.name.as_bytes())?,
+            Sabotage::Audit => change_audit(fleet)?,
+            Sabotage::KilledTarget | Sabotage::NoCapture | Sabotage::Leftovers => {}
+        }
+    }
+    Ok(())
+}
+
+/// Kills the target's QEMU as soon as it is there.
+pub(super) fn kill_target(fleet: &Fleet) -> Result<()> {
+    let pid = process::wait_for("the target's QEMU", LIMIT, || Ok(qemu_on(fleet, Machine::HostB).ok()))?;
+    process::kill(pid);
+    Ok(())
+}
+
+/// The QEMU that lives in a host's cgroup.
+fn qemu_on(fleet: &Fleet, host: Machine) -> Result<i32> {
+    let is_qemu = |pid: &i32| {
+        let line = process::command_line(*pid).unwrap_or_default();
+        line.split(|b| *b == 0).next().is_some_and(|program| program.ends_with(b"qemu-system-x86_64"))
+    };
+    let mut pids = fleet.net.node(host).cgroup().pids().into_iter().filter(is_qemu);
+    pids.next().with_context(|| format!("no QEMU runs on {}", host.name()))
+}
+
+fn reset_client(fleet: &Fleet) -> Result<()> {
+    let rules = "table ip sabotage { chain out { type filter hook output priority 0; \
+                 ip daddr 10.83.0.50 tcp dport 7 reject with tcp reset; } }";
+    let mut command = fleet.net.node(Machine::Client).command("nft");
+    process::run(command.arg(rules)).map(|_| ())
+}
+
+/// A plain QEMU with the same UUID, left to the lab's teardown.
+fn second_copy(fleet: &Fleet, guest: &Guest, image: &GuestImage) -> Result<()> {
+    let options = VmOptions { uuid: guest.uuid, ..VmOptions::new("second-copy") };
+    let mut vm = Vm::start(fleet.net.node(Machine::HostA), image, &options)?;
+    vm.wait_ready()?;
+    // Some time for the observer to find its page and see it count.
+    std::thread::sleep(Duration::from_secs(1));
+    Ok(())
+}
+
+fn in_clear(fleet: &Fleet, bytes: &[u8]) -> Result<()> {
+    let bytes = bytes.to_vec();
+    let (from, to) = (Machine::HostA.migration_address(), Machine::HostB.migration_address());
+    net::inside(fleet.net.node(Machine::HostA).namespace(), move || {
+        let socket = UdpSocket::bind((from.as_str(), 0)).context("opening a socket")?;
+        socket.send_to(&bytes, (to.as_str(), 9)).context("sending in clear")?;
+        Ok(())
+    })
+}
+
+/// Changes one word of one entry while the manager is down, as somebody with the disk could.
+fn change_audit(fleet: &mut Fleet) -> Result<()> {
+    fleet.signal(Machine::Manager, Signal::TERM)?;
+    fleet.wait_end(Machine::Manager, LIMIT)?;
+    let database = fleet.state_folder(Machine::Manager).join("registry.db");
+    let mut bytes = fs::read(&database).with_context(|| format!("reading {}", database.display()))?;
+    let word = b"permit.issue";
+    let at =
+        bytes.windows(word.len()).position(|w| w == word).context("the audit log holds no permit.issue")?;
+    bytes[at..at + word.len()].copy_from_slice(b"permit.forge");
+    fs::write(&database, bytes).with_context(|| format!("writing {}", database.display()))?;
+    fleet.start(Machine::Manager)
+}
