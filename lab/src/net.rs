@@ -21,6 +21,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -32,6 +33,9 @@ pub use teardown::{destroy, leftovers, on_signal_destroy, stale_prefixes};
 const RUN_FOLDER: &str = "/run/outrider-lab";
 /// Where `ip netns` keeps the names of namespaces.
 const NAMESPACES: &str = "/run/netns";
+
+/// How long the kernel may take to bring the bridges' ports up.
+const FORWARDING_LIMIT: Duration = Duration::from_secs(15);
 
 /// The guest's address in the guest network.
 pub const GUEST_ADDRESS: &str = "10.83.0.50";
@@ -151,6 +155,7 @@ impl Net {
         for node in &net.nodes {
             node.cgroup.create()?;
         }
+        net.wait_forwarding()?;
         Ok(net)
     }
 
@@ -214,6 +219,9 @@ impl Net {
             Some(&switch),
             "link set capture addrgenmode none\nlink set capture master br0\nlink set capture up\nlink set br0 type bridge ageing_time 0\n",
         )?;
+        process::wait_for("the listener to hear", FORWARDING_LIMIT, || {
+            Ok(forwards(&switch, "br0")?.then_some(()))
+        })?;
         Ok(namespace)
     }
 
@@ -225,6 +233,19 @@ impl Net {
             "link set br0 type bridge ageing_time 30000\nlink del capture\n",
         )?;
         ip(None, &format!("netns del {namespace}\n"))
+    }
+
+    /// Waits until every bridge forwards: the kernel tells bridges about new carriers up to a second late,
+    /// and what is sent before that is lost.
+    fn wait_forwarding(&self) -> Result<()> {
+        let switches = Network::ALL.map(|network| (self.switch(network), "br0"));
+        let hosts = Machine::HOSTS.map(|host| (self.node(host).namespace.clone(), GUEST_BRIDGE));
+        for (namespace, bridge) in switches.into_iter().chain(hosts) {
+            process::wait_for("the networks to forward", FORWARDING_LIMIT, || {
+                Ok(forwards(&namespace, bridge)?.then_some(()))
+            })?;
+        }
+        Ok(())
     }
 
     fn switch(&self, network: Network) -> String {
@@ -383,6 +404,17 @@ const ENTER_CGROUPS: &str = r#"
 count=$1; shift
 while [ "$count" -gt 0 ]; do echo $$ > "$1" || exit 126; shift; count=$((count-1)); done
 exec "$@""#;
+
+/// Whether every port of the bridge has its carrier and forwards.
+fn forwards(namespace: &str, bridge: &str) -> Result<bool> {
+    let show = ["-n", namespace, "-json", "-details", "link", "show", "master", bridge];
+    let text = process::run(Command::new("ip").args(show))?;
+    let ports: serde_json::Value = serde_json::from_str(&text).context("reading what ip says of a bridge")?;
+    let ready = |port: &serde_json::Value| {
+        port["operstate"] == "UP" && port["linkinfo"]["info_slave_data"]["state"] == "forwarding"
+    };
+    Ok(ports.as_array().is_some_and(|ports| !ports.is_empty() && ports.iter().all(ready)))
+}
 
 fn run_folder(prefix: &str) -> PathBuf {
     Path::new(RUN_FOLDER).join(prefix)

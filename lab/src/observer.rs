@@ -270,7 +270,7 @@ fn sample(shared: &Shared) {
             take(&mut state, index, copy);
         }
         state.watched = state.started.elapsed();
-        if state.samples % 256 == 0 {
+        if state.samples.is_multiple_of(256) {
             state.sampler_cpu_ms = thread_cpu_ms();
         }
     }
@@ -278,7 +278,7 @@ fn sample(shared: &Shared) {
 }
 
 fn take(state: &mut State, index: usize, copy: &mut Copy) {
-    let slow = state.samples % 16 == 0;
+    let slow = state.samples.is_multiple_of(16);
     if let Some(counter) = copy.counter() {
         state.judge.sample(Sample {
             copy: index,
