@@ -15,3 +15,14 @@
 pub mod channel;
 mod provider;
 pub mod spki;
+
+#[cfg(feature = "control")]
+pub mod ca;
+#[cfg(feature = "control")]
+pub mod control;
+#[cfg(feature = "control")]
+pub mod identity;
+#[cfg(feature = "control")]
+pub mod peer;
+#[cfg(feature = "control")]
+mod verify;
