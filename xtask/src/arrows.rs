@@ -70,8 +70,8 @@ const ROOMS: [Room; 12] = [
         ],
         &[],
     ),
-    // It drives the built programs from outside.
-    room("outrider-lab", &["outrider-lab-guest"], &["tokio", "sqlx"]),
+    // It drives the built programs from outside, and knows only the shapes of what they print.
+    room("outrider-lab", &["outrider-lab-guest", "outrider-types"], &["tokio", "sqlx"]),
 ];
 
 const fn room(

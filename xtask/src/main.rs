@@ -20,8 +20,8 @@ const USAGE: &str = "\
 usage: cargo xtask COMMAND
 
   setup [--yes]        install the missing Debian packages, make the guest image
-  test  [--yes] [ARG…] run every test; ARGs go to cargo-nextest
-  check [--yes]        the quality gate: format, lints, docs, arrows, licences
+  test  [--yes] [ARG…] run every test; --deny-skips: a skip is a failure; other ARGs go to cargo-nextest
+  check [STEP…]        the quality gate: format, arrows, hand-over primitives, lints, documentation, licences
   demo  [--yes] [ARG…] live-migrate a real guest; ARGs go to `outrider-lab demo`
   bench [--yes] [ARG…] compare with plain QEMU; ARGs go to `outrider-lab bench`
 
@@ -50,7 +50,7 @@ fn dispatch(arguments: Vec<String>) -> Result<ExitCode> {
             setup(&workspace, consent)?;
             test::run(&workspace, &rest)
         }
-        "check" => check::run(&workspace),
+        "check" => check::run(&workspace, &rest),
         "demo" | "bench" => {
             setup(&workspace, consent)?;
             lab(&workspace, &command, &rest)
