@@ -1,7 +1,8 @@
 //! Who may be at the other end of a TLS connection: our CA, our trust domain, the right role and name.
 //!
 //! The check is part of the handshake, so that a peer with a good certificate of the wrong kind is refused before
-//! it can send anything.
+//! it can send anything. Threats: CP-01 no identity, CP-23 role confusion with a valid certificate, DP-11 bad
+//! certificates.
 
 use std::sync::Arc;
 

@@ -26,5 +26,5 @@ pub use domain::Domain;
 pub use envelope::SignatureError;
 pub use join::JoinToken;
 pub use key::{KeyError, SigningKey, VerifyingKey};
-pub use permit::{KeyRing, PermitRefusal, PermitToken, VerifiedPermit, issue, verify};
+pub use permit::{DEFAULT_SKEW_S, KeyRing, PermitRefusal, PermitToken, VerifiedPermit, issue, verify};
 pub use statement::SignedStatement;

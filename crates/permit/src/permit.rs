@@ -8,6 +8,10 @@
 //! A [`VerifiedPermit`] can't be made otherwise; functions that act on a permit demand one, and each checks with
 //! `expect_*` what it is about to rely on. Single use (I4) is not decided here: the target's durable store is,
 //! and names its refusal [`PermitRefusal::Replayed`].
+//!
+//! Threats met here, each with its test: CP-03 forged permit, CP-04 tampered permit, CP-07 outside its time window;
+//! CP-05 and CP-06 (replay, double redemption) by the target's store; CP-09 (relayed over another channel) by the
+//! permit's digest in the channel's ALPN value.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,7 @@
 //! What daemons state about a hand-over, signed: requests, votes, renunciations, receipts.
+//!
+//! Threat CP-24 (forged, old or duplicated decisions): every statement has a domain of its own and names the whole
+//! attempt; whether it is the attempt at hand is compared exactly by the reader.
 
 use types::handover::Statement;
 

@@ -13,6 +13,9 @@
 //! to exactly this permit's ALPN value (I3); no plaintext is handed out after any error; a connection that
 //! ends without close_notify is an error, never an end of data; every buffer is bounded (I11).
 //!
+//! Threats met here, each with its test: DP-01 sniffing, DP-08 modification, DP-09 downgrade, DP-10 fake destination
+//! with a valid chain, DP-12 replay and early data, CP-09 permit relayed over another channel.
+//!
 //! The client learns that the *server* accepted it only with the server's first record: in TLS 1.3 the
 //! client finishes first. A server that refuses answers with an alert, seen by the client's next [`ChannelTls::open`].
 //!

@@ -1,4 +1,5 @@
-//! Listeners: a bound on half-open handshakes, a deadline for each, and a word about every refusal.
+//! Listeners: a bound on half-open handshakes, a deadline for each, and a word about every refusal (threats CP-15
+//! request flood, DP-17 slot exhaustion).
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
