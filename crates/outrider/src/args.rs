@@ -1,0 +1,472 @@
+//! The command line, as clap reads it.
+
+use crate::size::parse_size_bytes;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use types::{HostName, Name};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    a check answered no (audit verify, doctor)
+  2    usage: bad argument, bad file, unknown name
+  3    refused: authentication, policy, load, limit
+  4    failed
+  5    terminated by a monitor or an operator
+  6    the manager cannot be reached
+  130  detached with Ctrl-C; the migration goes on";
+
+/// Secure live migration of virtual machines
+///
+/// Outrider moves running QEMU guests between hosts. No VM moves without a permit, no byte of it reaches the
+/// target uninspected, and no VM ever runs twice or not at all.
+#[derive(Debug, Parser)]
+#[command(name = "outrider", version, propagate_version = true, max_term_width = 100)]
+#[command(disable_help_subcommand = true, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    /// Form of the result
+    #[arg(long, value_enum, default_value_t, global = true, value_name = "FORMAT", display_order = 900)]
+    pub(crate) output: Format,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum Format {
+    // Tables and reports for people
+    #[default]
+    Table,
+    // One JSON document on standard output
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the control manager
+    #[command(subcommand)]
+    Manager(ManagerCommand),
+    /// Run, enrol and list hosts
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Define, start, stop and list virtual machines
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Move a running VM to another host and watch it move
+    Migrate(Migrate),
+    /// List, follow and control migrations
+    #[command(subcommand)]
+    Migration(MigrationCommand),
+    /// Read and verify the audit log
+    #[command(subcommand)]
+    Audit(AuditCommand),
+    /// Check whether this machine is ready, and say what to do where it is not
+    Doctor(Doctor),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// How to reach the manager.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Connection")]
+pub(crate) struct Connection {
+    /// The manager's address
+    #[arg(
+        long = "manager",
+        env = "OUTRIDER_MANAGER",
+        hide_env_values = true,
+        value_name = "URL",
+        default_value = "https://127.0.0.1:7443"
+    )]
+    pub(crate) manager_url: String,
+    /// File that holds the API token [default: /var/lib/outrider/manager/admin.token]
+    #[arg(long, env = "OUTRIDER_TOKEN_FILE", hide_env_values = true, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// File that holds the manager's CA certificate [default: /var/lib/outrider/manager/ca.pem]
+    #[arg(long, env = "OUTRIDER_CA", hide_env_values = true, value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ManagerCommand {
+    /// Run the control manager in the foreground
+    Run(ManagerRun),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManagerRun {
+    /// Configuration file [default: /etc/outrider/manager.toml when it exists]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// State folder: keys, registry, admin token
+    #[arg(long, env = "OUTRIDER_MANAGER_STATE", hide_env_values = true, value_name = "FOLDER")]
+    pub(crate) state: Option<PathBuf>,
+    /// Name of this manager
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Address for operators (HTTPS)
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) operator_listen: Option<String>,
+    /// Address for hosts (gRPC)
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) hosts_listen: Option<String>,
+    /// Address that join tokens tell hosts to dial, when `hosts-listen` is a wildcard
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) hosts_advertise: Option<String>,
+    #[command(flatten)]
+    pub(crate) log: Log,
+}
+
+/// How a daemon logs.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Logging")]
+pub(crate) struct Log {
+    /// What to log, e.g. `info` or `outrider_manager=debug`
+    #[arg(long = "log", env = "OUTRIDER_LOG", hide_env_values = true, value_name = "FILTER")]
+    #[arg(default_value = "info")]
+    pub(crate) filter: String,
+    /// How to log
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub(crate) log_format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum LogFormat {
+    // Lines for people
+    #[default]
+    Human,
+    // One JSON object per line
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HostCommand {
+    /// Run the host daemon in the foreground
+    Run(HostRun),
+    /// Enrol a host: make its record and a single-use join token
+    Add(HostAdd),
+    /// Join this machine to the manager with a token from `host add`
+    Join(HostJoin),
+    /// List hosts
+    List(ListHosts),
+    /// Show one host
+    Show(ShowHost),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HostRun {
+    /// Configuration file [default: /etc/outrider/host.toml when it exists]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) settings: HostSettings,
+    #[command(flatten)]
+    pub(crate) log: Log,
+}
+
+/// What flags and environment may override in the host's configuration file.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct HostSettings {
+    /// State folder: identity, signing key, journal
+    #[arg(long, env = "OUTRIDER_HOST_STATE", hide_env_values = true, value_name = "FOLDER")]
+    pub(crate) state: Option<PathBuf>,
+    /// Folder for sockets
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) run_folder: Option<PathBuf>,
+    /// The manager's address for hosts
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) manager_address: Option<String>,
+    /// Name of this host
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<HostName>,
+    /// Address on the migration network
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) migration_address: Option<IpAddr>,
+    /// Control group under which VMs live
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup: Option<String>,
+    /// The QEMU program
+    #[arg(long, value_name = "FILE")]
+    pub(crate) qemu_binary: Option<PathBuf>,
+    /// The VM agent's program
+    #[arg(long, value_name = "FILE")]
+    pub(crate) agent_binary: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HostAdd {
+    /// Name of the host: a-z, 0-9 and '-'
+    pub(crate) name: HostName,
+    /// Address from which its daemon dials the manager
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) control_address: IpAddr,
+    /// Its address on the migration network
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) migration_address: IpAddr,
+    /// MAC of its control or migration interface; give one per interface
+    #[arg(long = "mac", value_name = "MAC", required = true, value_delimiter = ',')]
+    pub(crate) macs: Vec<String>,
+    /// Memory for guests, e.g. 64GiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_size_bytes)]
+    pub(crate) memory: u64,
+    /// Virtual CPUs for guests
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) vcpus: u32,
+    /// Most guests at a time
+    #[arg(long, value_name = "COUNT", default_value_t = 100)]
+    pub(crate) vms: u32,
+    /// Zone, for policy
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub(crate) zone: String,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HostJoin {
+    /// The token that `host add` printed; `-` reads it from standard input, so that it stays out of process lists
+    #[arg(env = "OUTRIDER_JOIN_TOKEN", hide_env_values = true)]
+    pub(crate) token: String,
+    /// Configuration file [default: /etc/outrider/host.toml when it exists]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// State folder: identity, signing key, journal
+    #[arg(long, env = "OUTRIDER_HOST_STATE", hide_env_values = true, value_name = "FOLDER")]
+    pub(crate) state: Option<PathBuf>,
+    /// Dial this address instead of the one in the token
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) manager_address: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListHosts {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShowHost {
+    /// The host
+    pub(crate) name: HostName,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// Record a VM from its spec, a TOML file
+    Define(DefineVm),
+    /// Print the BLAKE3 digest of a kernel or initrd, as a spec wants it
+    Digest {
+        /// The file
+        file: PathBuf,
+    },
+    /// List VMs
+    List(ListVms),
+    /// Show one VM
+    Show(OneVm),
+    /// Start a VM on a host
+    Start(StartVm),
+    /// Stop a VM; its record stays
+    Stop(OneVm),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DefineVm {
+    /// The spec; `-` reads standard input
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListVms {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OneVm {
+    /// The VM
+    pub(crate) vm: Name,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StartVm {
+    /// The VM
+    pub(crate) vm: Name,
+    /// Where to start it
+    #[arg(long, value_name = "HOST")]
+    pub(crate) on: HostName,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Ctrl-C detaches: the migration goes on, and the command says how to follow or stop it."
+)]
+pub(crate) struct Migrate {
+    /// The VM
+    pub(crate) vm: Name,
+    /// Where to
+    #[arg(long, value_name = "HOST")]
+    pub(crate) to: HostName,
+    /// Where you believe it runs; refused when wrong
+    #[arg(long, value_name = "HOST")]
+    pub(crate) from: Option<HostName>,
+    /// Print the migration's id and do not wait
+    #[arg(long)]
+    pub(crate) detach: bool,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+const REFERENCE: &str = "ID may be shortened to a unique prefix. A VM's name means its open migration.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MigrationCommand {
+    /// List migrations, newest first
+    List(ListMigrations),
+    /// Where the VM runs, who asked, what is awaited, and what happens next by itself
+    Show(ShowMigration),
+    /// Follow a migration to its end
+    Watch(OneMigration),
+    /// Hold a migration: nothing more is sent, the guest runs on at the source
+    Suspend(OneMigration),
+    /// Let a suspended migration go on
+    Resume(OneMigration),
+    /// End a migration: both sides are cleaned up, the guest runs on at the source
+    Terminate(OneMigration),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListMigrations {
+    /// Only those that are still open
+    #[arg(long)]
+    pub(crate) open: bool,
+    /// Only those of this VM
+    #[arg(long, value_name = "VM")]
+    pub(crate) vm: Option<Name>,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = REFERENCE)]
+pub(crate) struct OneMigration {
+    /// The migration
+    pub(crate) id: String,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "ID may be shortened to a unique prefix. A VM's name means its open migration, or its last."
+)]
+pub(crate) struct ShowMigration {
+    /// The migration
+    pub(crate) id: String,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AuditCommand {
+    /// Verify the chain of the whole log; exit code 1 when an entry was changed, removed or moved
+    Verify(VerifyAudit),
+    /// List entries, oldest first
+    List(ListAudit),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyAudit {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListAudit {
+    /// Show the last so many
+    #[arg(long, value_name = "COUNT", default_value_t = 50)]
+    pub(crate) limit: usize,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Exit code 1 when a check fails. Warnings do not count as failures.")]
+pub(crate) struct Doctor {
+    /// What this machine is to be
+    #[arg(long, value_enum, default_value_t, value_name = "ROLE")]
+    pub(crate) role: Role,
+    /// The host daemon's state folder
+    #[arg(long, value_name = "FOLDER", default_value = "/var/lib/outrider/host")]
+    pub(crate) host_state: PathBuf,
+    /// The manager's state folder
+    #[arg(long, value_name = "FOLDER", default_value = "/var/lib/outrider/manager")]
+    pub(crate) manager_state: PathBuf,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+/// What a machine is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Role {
+    // Runs guests
+    #[default]
+    Host,
+    // Runs the control manager
+    Manager,
+    // Runs this command only
+    Operator,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    /// Every command's `--help`, exactly as people see it at 100 columns.
+    #[test]
+    fn help_of_every_command() {
+        let mut paths = Vec::new();
+        let mut command = Cli::command();
+        command.build();
+        collect(&command, &mut vec!["outrider".to_owned()], &mut paths);
+        let text: String = paths.iter().map(|path| help(path)).collect();
+        insta::assert_snapshot!("help", text);
+    }
+
+    fn collect(command: &clap::Command, path: &mut Vec<String>, paths: &mut Vec<Vec<String>>) {
+        paths.push(path.clone());
+        for child in command.get_subcommands() {
+            path.push(child.get_name().to_owned());
+            collect(child, path, paths);
+            path.pop();
+        }
+    }
+
+    fn help(path: &[String]) -> String {
+        let words = path.iter().cloned().chain(["--help".to_owned()]);
+        let shown = Cli::command().term_width(100).try_get_matches_from(words);
+        let shown = shown.expect_err("clap hands out help as an error");
+        assert_eq!(shown.kind(), clap::error::ErrorKind::DisplayHelp, "{path:?}: {shown}");
+        format!("===== {} =====\n{shown}\n", path.join(" "))
+    }
+}
