@@ -97,6 +97,15 @@ fn a_manager_that_never_answers_is_given_up() {
 }
 
 #[test]
+fn a_migrate_without_an_answer_says_that_it_may_have_been_accepted() {
+    let manager = FakeManager::start(|_, _| Reply::Never);
+    let ended = run(manager.outrider(), &["migrate", "web-1", "--to", "host-b"]);
+    assert_eq!(ended.code, 6);
+    assert!(ended.stderr.contains("outrider migration list --vm web-1"), "{}", ended.stderr);
+    assert_eq!(manager.asked().len(), 1, "a request whose fate is unknown is never repeated");
+}
+
+#[test]
 fn what_is_no_document_is_refused() {
     let manager = FakeManager::start(|_, _| Reply::Text(200, "<html>".to_owned()));
     let ended = run(manager.outrider(), &["vm", "list"]);
@@ -381,7 +390,7 @@ fn doctor_for_an_operator_needs_the_manager() {
     let bad = run(sick.outrider(), &["doctor", "--role", "operator"]);
     assert_eq!(bad.code, 1, "{}", bad.stdout);
     assert!(
-        bad.stdout.contains("the registry cannot write") && bad.stdout.contains("2 checks failed"),
+        bad.stdout.contains("the registry cannot write") && bad.stdout.contains("not ready: 2 failures"),
         "{}",
         bad.stdout
     );

@@ -110,6 +110,11 @@ impl ClientError {
             || matches!(self, Self::Answer(p) if p.code == ErrorCode::RegistryUnavailable)
     }
 
+    /// Whether the request may have been carried out although no answer came.
+    pub(crate) fn may_have_arrived(&self) -> bool {
+        matches!(self, Self::TimedOut { .. } | Self::Broken { .. } | Self::BadAnswer { .. })
+    }
+
     fn code(&self) -> ErrorCode {
         match self {
             Self::BadUrl { .. } | Self::NoCa { .. } | Self::BadCa { .. } | Self::BadToken { .. } => {

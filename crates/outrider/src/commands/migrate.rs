@@ -2,7 +2,7 @@
 
 use super::{DETACHED, DONE, Outcome, now};
 use crate::args::{Format, Migrate};
-use crate::client::Client;
+use crate::client::{Client, ClientError};
 use crate::output::{self, progress::Progress, report};
 use crate::watch::{Followed, follow};
 use api::http::{Migrate as Intent, MigrateAccepted};
@@ -11,7 +11,11 @@ use types::{MigrationId, Nonce};
 
 pub(super) async fn run(args: Migrate, format: Format) -> Outcome {
     let client = Client::new(&args.connection)?;
-    let accepted = client.migrate(&intent(&args)?).await?;
+    let asked = client.migrate(&intent(&args)?).await;
+    if asked.as_ref().is_err_and(ClientError::may_have_arrived) {
+        output::note(&format!("It may have been accepted: outrider migration list --vm {}", args.vm));
+    }
+    let accepted = asked?;
     if args.detach {
         output::print(format, &accepted, |accepted, _| detached_text(accepted));
         return Ok(DONE);

@@ -6,7 +6,9 @@ mod manager;
 
 use crate::args::{Doctor, Format, Role};
 use crate::commands::Outcome;
-use crate::output::{self, layout::columns, text::clean};
+use crate::output;
+use crate::output::layout::wrap;
+use crate::output::text::{Tone, clean, toned};
 use serde::Serialize;
 
 /// How a check came out.
@@ -27,6 +29,14 @@ impl Status {
             Self::Ok => "ok",
             Self::Warn => "warn",
             Self::Fail => "FAIL",
+        }
+    }
+
+    const fn tone(self) -> Tone {
+        match self {
+            Self::Ok => Tone::Good,
+            Self::Warn => Tone::Attention,
+            Self::Fail => Tone::Bad,
         }
     }
 }
@@ -90,19 +100,45 @@ pub(crate) async fn run(args: Doctor, format: Format) -> Outcome {
 }
 
 fn render(verdict: &Verdict, width: usize) -> String {
-    let rows = verdict.checks.iter().map(|c| {
-        let advice = c.advice.as_ref().map(|a| format!(": {a}")).unwrap_or_default();
-        vec![c.status.as_str().to_owned(), c.check.to_owned(), clean(&format!("{}{advice}", c.found))]
-    });
-    let table =
-        columns(&["STATUS", "CHECK", "FOUND, AND WHAT TO DO"], rows.collect(), width, "nothing to check");
-    let count = |status| verdict.checks.iter().filter(|c| c.status == status).count();
-    let summary = if verdict.ready {
-        format!("ready, with {} warnings", count(Status::Warn))
-    } else {
-        format!("not ready: {} checks failed, {} warnings", count(Status::Fail), count(Status::Warn))
+    let lines = verdict.checks.iter().map(|check| line(check, width));
+    format!("{}\n{}\n", lines.collect::<String>(), summary(verdict))
+}
+
+/// Status, name and finding in columns; the advice under the finding, marked.
+fn line(check: &Check, width: usize) -> String {
+    const STATUS_WIDTH: usize = 6;
+    const NAME_WIDTH: usize = 15;
+    const INDENT: usize = STATUS_WIDTH + NAME_WIDTH;
+    let room = width.saturating_sub(INDENT).max(20);
+    let mut lines = wrap(&clean(&check.found), room);
+    if let Some(advice) = &check.advice {
+        let advice = wrap(&clean(advice), room.saturating_sub(2));
+        lines.extend(
+            advice.iter().enumerate().map(|(i, l)| format!("{} {l}", if i == 0 { "→" } else { " " })),
+        );
+    }
+    let word = check.status.as_str();
+    let head = format!(
+        "{}{:pad$}{:NAME_WIDTH$}",
+        toned(check.status.tone(), word),
+        "",
+        check.check,
+        pad = STATUS_WIDTH - word.len()
+    );
+    format!("{head}{}\n", lines.join(&format!("\n{:INDENT$}", "")))
+}
+
+fn summary(verdict: &Verdict) -> String {
+    let count = |status, what: &str| {
+        let n = verdict.checks.iter().filter(|c| c.status == status).count();
+        format!("{n} {what}{}", if n == 1 { "" } else { "s" })
     };
-    format!("{table}\n{summary}\n")
+    let warnings = count(Status::Warn, "warning");
+    if verdict.ready {
+        format!("ready, {warnings}")
+    } else {
+        format!("not ready: {}, {warnings}", count(Status::Fail, "failure"))
+    }
 }
 
 #[cfg(test)]
@@ -117,11 +153,12 @@ mod tests {
         assert!(Verdict::new(Role::Host, vec![ok.clone(), warn.clone()]).ready);
         let verdict = Verdict::new(Role::Host, vec![ok, warn, Check::fail("c", "bad", "fix")]);
         assert!(!verdict.ready);
-        let text = render(&verdict, 80);
-        assert!(
-            text.contains("FAIL") && text.contains("bad: fix") && text.contains("1 checks failed"),
-            "{text}"
-        );
+        let text = anstream::adapter::strip_str(&render(&verdict, 80)).to_string();
+        let expected = "ok    a              x\n\
+                        warn  b              y\n                     → do z\n\
+                        FAIL  c              bad\n                     → fix\n\n\
+                        not ready: 1 failure, 1 warning\n";
+        assert_eq!(text, expected);
         let json = serde_json::to_value(&verdict).unwrap();
         assert_eq!(json["checks"][2]["status"], "fail");
         assert_eq!(json["role"], "host");

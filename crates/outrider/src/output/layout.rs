@@ -77,7 +77,7 @@ impl Facts {
 
 /// Breaks at spaces, never between a number and its unit; a word that is longer than the room (a path, a digest)
 /// is left whole.
-fn wrap(text: &str, room: usize) -> Vec<String> {
+pub(crate) fn wrap(text: &str, room: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in words(text) {
         let last = lines.last_mut().expect("it starts with one line and only grows");
