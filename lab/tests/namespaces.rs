@@ -2,10 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outrider_lab::capture::{Capture, Captured, Needle, SearchReport, search};
 use outrider_lab::client;
@@ -40,6 +40,10 @@ fn machines_meet_on_their_networks_only_and_commands_live_in_their_cgroups() {
     assert!(!reaches(&net, Machine::Manager, b, &b.migration_address()));
     assert!(!reaches(&net, Machine::Client, a, &a.control_address()));
 
+    // A second net of the same name must not take the first one down.
+    assert!(Net::up().is_err());
+    assert!(reaches(&net, b, a, &a.migration_address()));
+
     let mut child = net.node(a).spawn("sleeper", "sleep", &["600"]).unwrap();
     let pid = i32::try_from(child.id()).unwrap();
     let own = |pid: &i32| process::command_line(*pid).is_some_and(|line| line.starts_with(b"sleep"));
@@ -52,6 +56,33 @@ fn machines_meet_on_their_networks_only_and_commands_live_in_their_cgroups() {
     drop(net);
     assert_eq!(net::leftovers(&prefix), Vec::<String>::new());
     assert!(!child.wait().unwrap().success(), "the command was killed with its machine");
+}
+
+/// Time that this many bytes need from host-a to host-b in the migration network.
+fn transfer(net: &Net, bytes: usize) -> Duration {
+    let [a, b] = Machine::HOSTS;
+    let address: SocketAddr = format!("{}:7001", b.migration_address()).parse().unwrap();
+    let listener = net::inside(net.node(b).namespace(), move || Ok(TcpListener::bind(address)?)).unwrap();
+    let mut sender = net::inside(net.node(a).namespace(), move || Ok(TcpStream::connect(address)?)).unwrap();
+    let (mut receiver, _) = listener.accept().unwrap();
+    let start = Instant::now();
+    let reading = std::thread::spawn(move || std::io::copy(&mut receiver, &mut std::io::sink()).unwrap());
+    sender.write_all(&vec![0; bytes]).unwrap();
+    drop(sender);
+    assert_eq!(reading.join().unwrap(), bytes as u64);
+    start.elapsed()
+}
+
+#[test]
+fn the_migration_network_can_be_made_slow() {
+    if require::skip(require::missing()) {
+        return;
+    }
+    let net = Net::up().unwrap();
+    net.limit_migration_mbit(100).unwrap();
+    // 8 MB at 100 Mbit/s take 640 ms, less the bucket.
+    let slow = transfer(&net, 8_000_000);
+    assert!(slow > Duration::from_millis(500), "{slow:?}");
 }
 
 /// Starts `outrider-lab up` and waits until it is up; its prefix is `or<pid>`.
@@ -100,7 +131,7 @@ fn migrate_and_search(transport: Transport) -> (Captured, SearchReport) {
     assert_eq!(captured.unwritten_frames, 0);
     let mut needles = vec![Needle::new("secret", secret), Needle::qemu_magic()];
     needles.extend(Needle::vm_identity(&options.name, options.uuid));
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     let report = search(&captured.path, &needles).unwrap();
     println!("{transport:?}: {outcome:?}\n{captured:?}\n{report:?} in {:?}", start.elapsed());
     assert!(report.tcp_payload_bytes > outcome.transferred_bytes);

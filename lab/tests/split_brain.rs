@@ -14,6 +14,7 @@ use outrider_lab::plain::Pair;
 use outrider_lab::process;
 use outrider_lab::require;
 use outrider_lab::vm::VmOptions;
+use rustix::process::{Pid, Signal};
 use serde_json::json;
 
 const RUN_LIMIT: Duration = Duration::from_secs(60);
@@ -115,6 +116,39 @@ fn a_busy_guest_whose_pages_are_sent_many_times_is_one_copy() {
     scene.observer.wait_running_on(&[Machine::HostB], RUN_LIMIT).unwrap();
     let report = scene.end();
     assert_eq!((report.verdict.copies, report.verdict.counter_monotonic), (1, true));
+}
+
+#[test]
+fn a_frozen_qemu_does_not_run_and_a_thawed_one_does() {
+    if require::skip(require::missing()) {
+        return;
+    }
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(16 << 20).unwrap();
+    let load = GuestLoad { writes_disk: true, ..GuestLoad::default() };
+    let options = VmOptions { load, disk: Some(disk.path().to_owned()), ..VmOptions::new("frozen-guest") };
+    let scene = scene_with(options);
+    let node = scene.net.node(Machine::Client);
+    process::wait_for("durable writes to the disk", RUN_LIMIT, || {
+        let stat = client::ask(node, client::guest_address(), "stat")?;
+        Ok((!stat.contains("disk_sequence=0 ") && stat.ends_with("disk_errors=0")).then_some(()))
+    })
+    .unwrap();
+
+    let qemu = Pid::from_raw(scene.pair.source.pid()).unwrap();
+    rustix::process::kill_process(qemu, Signal::STOP).unwrap();
+    process::wait_for("an open gap", RUN_LIMIT, || {
+        let gap = scene.observer.report().verdict.open_gap_ms;
+        Ok(gap.is_some_and(|gap| gap > 500.0).then_some(()))
+    })
+    .unwrap();
+    assert!(scene.observer.running_on(Duration::from_millis(300)).is_empty());
+    assert_eq!(scene.observer.report().processes[0].vcpu_state, Some('T'));
+    rustix::process::kill_process(qemu, Signal::CONT).unwrap();
+    scene.observer.wait_running_on(&[Machine::HostA], RUN_LIMIT).unwrap();
+    let report = scene.end();
+    assert_eq!((report.verdict.copies, report.verdict.counter_monotonic), (1, true));
+    assert!(report.verdict.longest_gap_ms > 500.0);
 }
 
 #[test]

@@ -23,6 +23,7 @@ const FREEZER: &[&str] = &["host/src/freezer.rs", "host/src/cgroup.rs", "host/sr
 const KILLERS: &[&str] = &[
     "host/src/process.rs",
     "host/src/cgroup.rs",
+    "host/src/freezer.rs",
     "host/src/migration/",
     "host/src/vms/",
     "host/src/agents.rs",

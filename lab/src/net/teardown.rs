@@ -7,7 +7,7 @@ use std::sync::{Mutex, Once, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -24,7 +24,7 @@ static SIGNALS: Once = Once::new();
 
 /// Removes everything of this run on SIGINT, SIGTERM and SIGHUP, then ends the process as the signal would have.
 pub fn on_signal_destroy(prefix: &str) -> Result<()> {
-    live().insert(prefix.to_owned());
+    ensure!(live().insert(prefix.to_owned()), "a net called {prefix} is up already in this process");
     let mut outcome = Ok(());
     SIGNALS.call_once(|| outcome = install());
     outcome

@@ -3,12 +3,12 @@
 //! **When does a copy execute?** Its counter moves *and* its vCPU threads use CPU time. Both are needed: while
 //! the source still runs, each pass of the migration writes the counter page into the target's memory, so the
 //! target's counter moves although the target does not execute; and vCPU threads wake for other reasons than to run the guest.
-//! Movements closer than [`JOIN_US`] form one *interval*, and an interval counts once [`CONFIRM_MOVES`]
+//! Movements closer than `JOIN_US` form one *interval*, and an interval counts once `CONFIRM_MOVES`
 //! movements were seen in it, so that a single odd reading proves nothing.
 //!
 //! **When do two copies execute at once?** A movement seen in a sample happened some time since the sample
 //! before. So of an interval only the part from the sample that saw its first movement to the sample *before*
-//! its last movement is certain. When the certain parts of two copies overlap by more than [`OVERLAP_US`], two
+//! its last movement is certain. When the certain parts of two copies overlap by more than `OVERLAP_US`, two
 //! copies ran at once. A hand-over never looks like that, however late the samples are: lateness shrinks the
 //! certain parts. The price is that a double run of less than about 5 ms can be missed.
 
