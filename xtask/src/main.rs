@@ -12,7 +12,7 @@ mod test;
 
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use packages::Consent;
 use run::Workspace;
 
@@ -63,7 +63,10 @@ fn dispatch(arguments: Vec<String>) -> Result<ExitCode> {
             eprintln!("{USAGE}");
             Ok(ExitCode::from(2))
         }
-        other => bail!("there is no command {other:?}\n{USAGE}"),
+        other => {
+            eprintln!("xtask: there is no command {other:?}\n{USAGE}");
+            Ok(ExitCode::from(2))
+        }
     }
 }
 
