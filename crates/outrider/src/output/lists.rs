@@ -2,7 +2,7 @@
 
 use super::layout::{Facts, columns};
 use super::text::{bold, cut};
-use super::time::{duration, instant, relative};
+use super::time::{duration, instant, relative, to_seconds};
 use crate::size::format_bytes;
 use api::http::{AuditEntry, AuditVerified, HostView, VmView};
 use jiff::Timestamp;
@@ -164,25 +164,24 @@ pub(crate) fn migrations(list: &[MigrationView], now: Timestamp, width: usize) -
     )
 }
 
+/// Below this the details of audit entries are left to `--output json`.
+const DETAIL_WIDTH_MIN: usize = 110;
+
 /// Audit entries.
 pub(crate) fn audit(entries: &[AuditEntry], width: usize) -> String {
+    let with_detail = width >= DETAIL_WIDTH_MIN;
     let row = |e: &AuditEntry| {
-        let detail = if e.detail.is_null() { "-".to_owned() } else { cut(&e.detail.to_string(), 120) };
-        vec![
-            e.sequence.to_string(),
-            e.at.clone(),
-            e.actor.clone(),
-            e.action.clone(),
-            e.subject.clone(),
-            detail,
-        ]
+        let subject = e.subject.parse().map_or_else(|_| e.subject.clone(), short);
+        let mut row =
+            vec![e.sequence.to_string(), to_seconds(&e.at), e.actor.clone(), e.action.clone(), subject];
+        if with_detail {
+            row.push(if e.detail.is_null() { "-".to_owned() } else { cut(&e.detail.to_string(), 120) });
+        }
+        row
     };
-    columns(
-        &["SEQUENCE", "AT", "ACTOR", "ACTION", "SUBJECT", "DETAIL"],
-        entries.iter().map(row).collect(),
-        width,
-        "the audit log is empty",
-    )
+    let headings = ["NO", "AT", "ACTOR", "ACTION", "SUBJECT", "DETAIL"];
+    let shown = if with_detail { &headings[..] } else { &headings[..5] };
+    columns(shown, entries.iter().map(row).collect(), width, "the audit log is empty")
 }
 
 /// The verdict on the audit log.
@@ -194,4 +193,85 @@ pub(crate) fn verdict(v: &AuditVerified, width: usize) -> String {
     facts.add_some("Why", v.detail.as_ref());
     facts.add("Head", &v.head);
     facts.render(width)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::samples;
+    use super::*;
+    use serde_json::json;
+    use types::migration::MigrationState;
+
+    fn now() -> Timestamp {
+        "2026-11-23T14:02:20Z".parse().unwrap()
+    }
+
+    fn plain(text: &str) -> String {
+        anstream::adapter::strip_str(text).to_string()
+    }
+
+    fn two_hosts() -> Vec<HostView> {
+        let joined = json!({
+            "name": "host-a", "spiffe_id": "spiffe://outrider/host/host-a", "state": "connected",
+            "attestation": "unattested", "control_address": "10.81.0.11", "migration_address": "10.82.0.11",
+            "macs": ["02:81:00:00:00:0b", "02:82:00:00:00:0b"], "zone": "",
+            "capacity": {"memory_bytes": 8_589_934_592_u64, "vcpus": 8, "vms": 100}, "vms": ["web-1"],
+            "load": {"scope": "/outrider-lab/a", "memory_used_bytes": 301_000_000, "vms": 1,
+                "memory_available_bytes": 8_000_000_000_u64, "cpu_cores_used": 0.25, "cpu_cores": 2.0,
+                "cpu_pressure_percent": null, "memory_pressure_percent": null},
+            "interfaces": [{"name": "ctl0", "mac": "02:81:00:00:00:0b", "addresses": ["10.81.0.11"]}],
+            "version": "0.1.0", "last_seen": "2026-11-23T14:02:19Z",
+        });
+        let mut enrolled = joined.clone();
+        for (key, value) in [
+            ("name", json!("host-b")),
+            ("state", json!("enrolled")),
+            ("vms", json!([])),
+            ("load", json!(null)),
+            ("interfaces", json!([])),
+            ("version", json!(null)),
+            ("last_seen", json!(null)),
+        ] {
+            enrolled[key] = value;
+        }
+        vec![serde_json::from_value(joined).unwrap(), serde_json::from_value(enrolled).unwrap()]
+    }
+
+    fn a_vm() -> VmView {
+        let spec = json!({"uuid": "6f1e2d3c-0000-4000-8000-000000000001", "name": "web-1", "vcpus": 1,
+            "memory_bytes": 268_435_456, "nics": [{"mac": "52:54:00:83:00:50", "bridge": "br-guest"}]});
+        serde_json::from_value(json!({"spec": spec, "spec_digest": "9f".repeat(32), "state": "migrating",
+            "host": "host-a", "epoch": 3, "migration": types::MigrationId::from_bytes([0x6c; 16]),
+            "inventory": null}))
+        .unwrap()
+    }
+
+    #[test]
+    fn hosts_and_vms_at_80_columns() {
+        let hosts_text = hosts(&two_hosts(), now(), 80);
+        let host_text = host(&two_hosts()[0], now(), 80);
+        let vms_text = vms(&[a_vm()], 80);
+        let vm_text = vm(&a_vm(), 80);
+        insta::assert_snapshot!(
+            "hosts-80",
+            plain(&format!("{hosts_text}---\n{host_text}---\n{vms_text}---\n{vm_text}"))
+        );
+    }
+
+    #[test]
+    fn migrations_and_audit_at_80_columns() {
+        let mut held = samples::view(0x7d, "db", MigrationState::MemoryTransfer);
+        held.suspended = true;
+        let migrations_text = migrations(&[held, samples::completed()], now(), 80);
+        let entry: AuditEntry = serde_json::from_value(json!({"sequence": 12, "at": "2026-11-23T14:02:11.123Z",
+            "actor": "operator/admin", "action": "permit.issue", "subject": "m-6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c",
+            "detail": {"target": "host-b"}, "hash": "ab"}))
+        .unwrap();
+        let (narrow, wide) = (audit(std::slice::from_ref(&entry), 80), audit(&[entry], 120));
+        insta::assert_snapshot!(
+            "migrations-80",
+            plain(&format!("{migrations_text}---\n{narrow}---\n{wide}"))
+        );
+    }
 }

@@ -41,9 +41,18 @@ impl Counters {
             let rate = format_bytes(self.bytes_per_second as u64);
             #[expect(clippy::cast_precision_loss, reason = "an estimate for people")]
             let left_ms = self.remaining_bytes as f64 / self.bytes_per_second * 1000.0;
-            text.push_str(&format!(", {rate}/s, {} left", duration(left_ms)));
+            text.push_str(&format!(", {rate}/s, {} left", estimate(left_ms)));
         }
         text
+    }
+}
+
+/// An estimate claims no more digits than it has.
+fn estimate(ms: f64) -> String {
+    if ms < 1000.0 {
+        "under 1 s".to_owned()
+    } else {
+        duration((ms / 1000.0).round() * 1000.0).replace(".00 s", " s")
     }
 }
 
@@ -60,7 +69,7 @@ impl Progress {
     /// Live on a terminal, plain lines otherwise; the bar draws to standard error.
     pub(crate) fn new() -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{spinner} {prefix} {bar:20} {msg}")
+            let style = ProgressStyle::with_template("{spinner} {prefix} {bar:14} {wide_msg}")
                 .expect("a constant template")
                 .progress_chars("=> ");
             let bar = ProgressBar::new(1000).with_style(style);
@@ -77,7 +86,6 @@ impl Progress {
             return;
         }
         self.shown = Some(stage);
-        self.counters = self.counters.filter(|_| view.state == MigrationState::MemoryTransfer);
         self.draw(now, true);
     }
 
@@ -107,11 +115,13 @@ impl Progress {
     fn draw(&mut self, now: Instant, stage_changed: bool) {
         let Some((state, suspended)) = self.shown else { return };
         let prefix = if suspended { format!("{state} (suspended)") } else { state.to_string() };
-        let text = self.counters.map(Counters::text).unwrap_or_default();
+        // Late counters say nothing about the stages after the transfer.
+        let counters = self.counters.filter(|_| state == MigrationState::MemoryTransfer);
+        let text = counters.map(Counters::text).unwrap_or_default();
         if let Some(bar) = &self.bar {
             bar.set_prefix(prefix);
             bar.set_message(clean(&text));
-            bar.set_position(position(state, self.counters));
+            bar.set_position(position(state, counters));
             return;
         }
         let due = self.last_line.is_none_or(|at| now.duration_since(at) >= PLAIN_EVERY);
@@ -151,7 +161,7 @@ mod tests {
             json!({"ram_total_bytes": 268_435_456, "ram_remaining_bytes": 67_108_864, "mbps": 1000.0});
         assert_eq!(
             Counters::read(&source).map(Counters::text).as_deref(),
-            Some("192 MiB of 256 MiB, 119.2 MiB/s, 536.9 ms left")
+            Some("192 MiB of 256 MiB, 119.2 MiB/s, under 1 s left")
         );
         assert_eq!(Counters::read(&json!({"stream_bytes": 5})), None);
         assert_eq!(Counters::read(&json!({"ram_total_bytes": 0, "ram_remaining_bytes": 0})), None);

@@ -33,6 +33,11 @@ pub(crate) fn relative(text: &str, now: Timestamp) -> String {
     text.parse::<Timestamp>().map_or_else(|_| super::text::clean(text), |at| distance(at, now))
 }
 
+/// An RFC 3339 instant without fractions.
+pub(crate) fn to_seconds(text: &str) -> String {
+    text.parse::<Timestamp>().map_or_else(|_| super::text::clean(text), seconds_only)
+}
+
 fn seconds_only(at: Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
