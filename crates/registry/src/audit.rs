@@ -10,12 +10,13 @@ use crate::tx::{Tx, column, document, unsigned};
 use serde::Serialize;
 use serde_json::Value;
 use sqlx::any::AnyRow;
+use permit::chain::Head;
 use types::Digest;
 
 /// Entries are read in pages of this size when the chain is verified: the log may be longer than memory.
 const PAGE_ENTRIES: i64 = 1_000;
-/// Domain of the chain's hashes.
-const DOMAIN: &[u8] = b"outrider-audit-v1";
+/// Name of the chain.
+const CHAIN: &[u8] = b"audit";
 
 /// One entry.
 #[derive(Debug, Clone, PartialEq)]
@@ -81,7 +82,8 @@ impl AuditRecord {
         })
     }
 
-    fn expected_hash(&self, previous: &Digest) -> Result<Digest, RegistryError> {
+    /// The head of the chain after this entry.
+    fn after(&self, head: Head) -> Result<Head, RegistryError> {
         let payload = Payload {
             sequence: self.sequence,
             at_us: self.at_us,
@@ -92,15 +94,8 @@ impl AuditRecord {
         };
         let json = serde_json_canonicalizer::to_vec(&payload)
             .map_err(|e| RegistryError::malformed("audit detail", e))?;
-        let mut bytes = DOMAIN.to_vec();
-        bytes.extend_from_slice(&previous.0);
-        bytes.extend_from_slice(&json);
-        Ok(Digest::of(&bytes))
+        Ok(head.append(&json))
     }
-}
-
-fn genesis() -> Digest {
-    Digest::of(DOMAIN)
 }
 
 impl Tx {
@@ -115,17 +110,17 @@ impl Tx {
         subject: &str,
         detail: Value,
     ) -> Result<(), RegistryError> {
-        let (last, previous) = self.audit_head().await?;
+        let (seq, hash) = self.audit_head().await?;
         let mut entry = AuditRecord {
-            sequence: last + 1,
+            sequence: seq + 1,
             at_us: self.now_us(),
             actor: actor.to_owned(),
             action: action.to_owned(),
             subject: subject.to_owned(),
             detail,
-            hash: previous,
+            hash,
         };
-        entry.hash = entry.expected_hash(&previous)?;
+        entry.hash = entry.after(Head { seq, hash })?.hash;
         let sequence = crate::tx::signed("sequence", entry.sequence)?;
         let sql = "INSERT INTO audit (sequence, at_us, actor, action, subject, detail, hash) \
                    VALUES ($1, $2, $3, $4, $5, $6, $7)";
@@ -149,7 +144,8 @@ impl Tx {
     /// Those of the database.
     pub async fn audit_head(&mut self) -> Result<(u64, Digest), RegistryError> {
         let Some(row) = self.optional(sqlx::query("SELECT * FROM audit_head WHERE id = 1")).await? else {
-            return Ok((0, genesis()));
+            let start = Head::genesis(CHAIN);
+            return Ok((start.seq, start.hash));
         };
         let hash: String = column(&row, "hash")?;
         let hash = Digest::try_from(hash).map_err(|e| RegistryError::malformed("hash", e))?;
@@ -179,55 +175,50 @@ impl Tx {
         &mut self,
         anchor: Option<(u64, Digest)>,
     ) -> Result<AuditVerdict, RegistryError> {
-        let (mut entries, mut head) = (0, genesis());
+        let mut head = Head::genesis(CHAIN);
         loop {
-            let rows = self.audit_rows(entries, PAGE_ENTRIES).await?;
+            let rows = self.audit_rows(head.seq, PAGE_ENTRIES).await?;
             if rows.is_empty() {
                 break;
             }
             for row in &rows {
-                match check_next(row, entries, &head, anchor) {
-                    Ok(hash) => (entries, head) = (entries + 1, hash),
+                match check_next(row, head, anchor) {
+                    Ok(next) => head = next,
                     Err(detail) => {
-                        return Ok(AuditVerdict::Broken { first_bad: entries + 1, detail, entries });
+                        let (first_bad, entries) = (head.seq + 1, head.seq);
+                        return Ok(AuditVerdict::Broken { first_bad, detail, entries });
                     }
                 }
             }
         }
+        let entries = head.seq;
         let (last, last_hash) = self.audit_head().await?;
         let known = last.max(anchor.map_or(0, |(sequence, _)| sequence));
         if known > entries {
             let detail = format!("entries {} to {known} were removed", entries + 1);
             return Ok(AuditVerdict::Broken { first_bad: entries + 1, detail, entries });
         }
-        if (last, last_hash) != (entries, head) {
+        if (last, last_hash) != (entries, head.hash) {
             let detail =
                 format!("the head names entry {last}, the chain ends at {entries} with another hash");
             return Ok(AuditVerdict::Broken { first_bad: last.max(1), detail, entries });
         }
-        Ok(AuditVerdict::Whole { entries, head })
+        Ok(AuditVerdict::Whole { entries, head: head.hash })
     }
 }
 
-/// The hash of the next entry, or what is wrong with it.
-fn check_next(
-    row: &AnyRow,
-    entries: u64,
-    head: &Digest,
-    anchor: Option<(u64, Digest)>,
-) -> Result<Digest, String> {
+/// The head after the next entry, or what is wrong with it.
+fn check_next(row: &AnyRow, head: Head, anchor: Option<(u64, Digest)>) -> Result<Head, String> {
     let entry = AuditRecord::read(row).map_err(|e| e.to_string())?;
-    if entry.sequence != entries + 1 {
-        return Err(format!("entry {} is missing, {} follows", entries + 1, entry.sequence));
+    if entry.sequence != head.seq + 1 {
+        return Err(format!("entry {} is missing, {} follows", head.seq + 1, entry.sequence));
     }
-    let expected = entry.expected_hash(head).map_err(|e| e.to_string())?;
-    if expected != entry.hash {
+    let next = entry.after(head).map_err(|e| e.to_string())?;
+    if next.hash != entry.hash {
         return Err("its content does not match its hash".to_owned());
     }
     if anchor.is_some_and(|(sequence, hash)| sequence == entry.sequence && hash != entry.hash) {
-        return Err(
-            "the chain was rewritten: it differs from the anchor kept outside of the database".to_owned()
-        );
+        return Err("the chain was rewritten: it differs from the anchor kept outside of the database".to_owned());
     }
-    Ok(entry.hash)
+    Ok(next)
 }

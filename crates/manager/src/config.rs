@@ -1,0 +1,188 @@
+//! Configuration: TOML, every key documented here, unknown keys are errors.
+
+use serde::Deserialize;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use types::{ErrorCode, Name, Problem};
+
+/// Configuration of the manager.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// State folder: registry, CA, permit key, admin token. Mode 0700.
+    pub state: PathBuf,
+    /// Name of this manager.
+    pub name: Name,
+    /// Trust domain of the identities that it issues.
+    pub trust_domain: String,
+    /// Where operators connect (HTTPS).
+    pub operator_listen: SocketAddr,
+    /// Where hosts connect (gRPC over mutual TLS).
+    pub hosts_listen: SocketAddr,
+    /// `host:port` that join tokens tell hosts to dial; needed when `hosts_listen` is a wildcard address.
+    pub hosts_advertise: Option<String>,
+    /// Names and addresses in the certificate that operators see, besides the listening address and loopback.
+    pub operator_names: Vec<String>,
+    /// Folder of `*.cedar` policy files; the built-in policy when absent.
+    pub policy: Option<PathBuf>,
+    /// How long a join token is good.
+    pub join_token_minutes: u32,
+    /// Room that a target must keep on top of what a guest needs.
+    pub head_room_memory_percent: u32,
+    /// Most CPU pressure (PSI) of a target.
+    pub head_room_cpu_pressure_percent: u32,
+    /// Most migrations at once, over the whole fleet.
+    pub concurrent_migrations: u32,
+    /// Budgets that permits carry.
+    pub budgets: Budgets,
+}
+
+/// What a permit allows at most.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Budgets {
+    /// From the permit to the start of the transfer.
+    pub start_s: u64,
+    /// From the permit to the end of the transfer.
+    pub run_s: u64,
+    /// Bytes of stream, as a multiple of the guest's memory: a pre-copy that needs more does not converge.
+    pub stream_memory_multiple: u64,
+    /// Downtime before the source asks for an abort.
+    pub downtime_ms: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state: PathBuf::from("/var/lib/outrider/manager"),
+            name: "manager".parse().expect("a constant that follows the rule of names"),
+            trust_domain: "outrider".to_owned(),
+            operator_listen: SocketAddr::from(([0, 0, 0, 0], 7443)),
+            hosts_listen: SocketAddr::from(([0, 0, 0, 0], 7444)),
+            hosts_advertise: None,
+            operator_names: Vec::new(),
+            policy: None,
+            join_token_minutes: 60,
+            head_room_memory_percent: 10,
+            head_room_cpu_pressure_percent: 90,
+            concurrent_migrations: 64,
+            budgets: Budgets::default(),
+        }
+    }
+}
+
+impl Default for Budgets {
+    fn default() -> Self {
+        Self { start_s: 60, run_s: 3_600, stream_memory_multiple: 16, downtime_ms: 5_000 }
+    }
+}
+
+impl Config {
+    /// Reads a configuration.
+    ///
+    /// # Errors
+    /// `bad-configuration`, naming the key and the line.
+    pub fn from_toml(text: &str) -> Result<Self, Problem> {
+        let config: Self =
+            toml::from_str(text).map_err(|e| Problem::new(ErrorCode::BadConfiguration, e.to_string()))?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    /// `bad-configuration`, naming the file and the key.
+    pub fn from_file(path: &Path) -> Result<Self, Problem> {
+        let text = std::fs::read_to_string(path).map_err(|e| {
+            Problem::new(ErrorCode::BadConfiguration, format!("cannot read {}: {e}", path.display()))
+        })?;
+        Self::from_toml(&text).map_err(|mut problem| {
+            problem.detail = format!("{}: {}", path.display(), problem.detail);
+            problem
+        })
+    }
+
+    /// Checks what the types do not say.
+    ///
+    /// # Errors
+    /// `bad-configuration`.
+    pub fn validate(&self) -> Result<(), Problem> {
+        let bad = |detail: &str| Err(Problem::new(ErrorCode::BadConfiguration, detail));
+        let domain_byte = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b".-_".contains(&b);
+        if self.trust_domain.is_empty() || !self.trust_domain.bytes().all(domain_byte) {
+            return bad("trust_domain must be made of a-z, 0-9, '.', '-' and '_'");
+        }
+        if !(1..=7 * 24 * 60).contains(&self.join_token_minutes) {
+            return bad("join_token_minutes must be 1 to 10080");
+        }
+        if self.budgets.start_s == 0
+            || self.budgets.start_s > 600
+            || self.budgets.run_s < self.budgets.start_s
+        {
+            return bad("budgets.start_s must be 1 to 600, and budgets.run_s at least as long");
+        }
+        if self.budgets.stream_memory_multiple == 0 || self.concurrent_migrations == 0 {
+            return bad("budgets.stream_memory_multiple and concurrent_migrations must be at least 1");
+        }
+        Ok(())
+    }
+
+    /// `host:port` for join tokens, given the port that is really listened on.
+    ///
+    /// # Errors
+    /// `bad-configuration` when nothing but a wildcard address is known.
+    pub fn advertised(&self, listening: SocketAddr) -> Result<String, Problem> {
+        if let Some(text) = &self.hosts_advertise {
+            return Ok(text.clone());
+        }
+        if listening.ip().is_unspecified() {
+            let detail = format!("hosts cannot dial {listening}");
+            return Err(Problem::new(ErrorCode::BadConfiguration, detail)
+                .hint("set hosts_advertise to the host:port at which hosts reach this manager"));
+        }
+        Ok(listening.to_string())
+    }
+
+    /// Addresses for the operators' certificate.
+    pub(crate) fn certificate_addresses(&self) -> Vec<IpAddr> {
+        let mut addresses: Vec<IpAddr> = self.operator_names.iter().filter_map(|n| n.parse().ok()).collect();
+        addresses.extend([IpAddr::from([127, 0, 0, 1]), "::1".parse().expect("a constant address")]);
+        for listen in [self.operator_listen, self.hosts_listen] {
+            if !listen.ip().is_unspecified() {
+                addresses.push(listen.ip());
+            }
+        }
+        addresses.sort_unstable();
+        addresses.dedup();
+        addresses
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str, expect: Result<(), &str>) {
+        match (Config::from_toml(text), expect) {
+            (Ok(_), Ok(())) => {}
+            (Err(problem), Err(part)) => {
+                assert_eq!(problem.code, ErrorCode::BadConfiguration);
+                assert!(problem.detail.contains(part), "{} does not name {part}", problem.detail);
+            }
+            (got, expect) => panic!("{text}: {got:?}, expected {expect:?}"),
+        }
+    }
+
+    #[test]
+    fn unknown_keys_and_bad_values_are_named() {
+        check("", Ok(()));
+        check("state = \"/tmp/x\"\n[budgets]\nstart_s = 30", Ok(()));
+        check("stat = \"/tmp/x\"", Err("stat"));
+        check("[budgets]\nstart = 3", Err("start"));
+        check("operator_listen = \"nowhere\"", Err("operator_listen"));
+        check("trust_domain = \"A B\"", Err("trust_domain"));
+        check("join_token_minutes = 0", Err("join_token_minutes"));
+        check("name = \"Bad Name\"", Err("name"));
+    }
+}

@@ -1,0 +1,127 @@
+//! What every part of the manager shares.
+
+use crate::anchor::Anchor;
+use crate::authority::Authority;
+use crate::clock;
+use crate::config::Config;
+use crate::feed::Feed;
+use crate::fleet::Fleet;
+use crate::policy::Policy;
+use registry::{Registry, RegistryError, Tx};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use types::MigrationId;
+
+/// The manager's shared parts.
+pub(crate) struct Manager {
+    pub(crate) config: Config,
+    pub(crate) registry: Registry,
+    pub(crate) authority: Authority,
+    pub(crate) policy: Policy,
+    pub(crate) fleet: Fleet,
+    pub(crate) feed: Feed,
+    pub(crate) watch: Watch,
+    pub(crate) anchor: Anchor,
+    /// When this process started, microseconds since the Unix epoch.
+    pub(crate) started_us: i64,
+    /// `host:port` that join tokens carry.
+    pub(crate) advertised: String,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) tasks: TaskTracker,
+}
+
+impl Manager {
+    /// As whom the manager itself acts in the audit log.
+    pub(crate) fn actor(&self) -> String {
+        format!("manager/{}", self.config.name)
+    }
+
+    /// Begins a writing transaction now.
+    pub(crate) async fn begin(&self, name: &'static str) -> Result<Tx, RegistryError> {
+        self.registry.begin(name, clock::now_us()).await
+    }
+
+    /// Wakes the reconciler of a migration, starting it if it does not run. The wake-up carries nothing: the
+    /// reconciler looks at the row.
+    pub(crate) fn wake(self: &Arc<Self>, id: MigrationId) {
+        if self.shutdown.is_cancelled() {
+            return;
+        }
+        let (notify, fresh) = self.watch.enter(id);
+        if fresh {
+            let manager = Arc::clone(self);
+            self.tasks.spawn(async move { crate::migration::reconcile::run(manager, id).await });
+        }
+        notify.notify_one();
+    }
+
+    /// Wakes every open migration.
+    pub(crate) async fn wake_all(self: &Arc<Self>) -> Result<(), RegistryError> {
+        for row in self.registry.read("open migrations").await?.open_migrations().await? {
+            self.wake(row.id);
+        }
+        Ok(())
+    }
+}
+
+/// Open migrations in this process: their wake-ups, and what moves too fast for the registry.
+#[derive(Default)]
+pub(crate) struct Watch {
+    entries: Mutex<BTreeMap<MigrationId, Watched>>,
+}
+
+#[derive(Default)]
+struct Watched {
+    notify: Arc<Notify>,
+    reconciled: bool,
+    progress: Progress,
+}
+
+/// Counters of a running transfer. They are for people; nothing is decided by them but "no progress".
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Progress {
+    /// Received at the target, on the wire.
+    pub(crate) wire_bytes: u64,
+    /// Largest stream position that either side told.
+    pub(crate) stream_bytes: u64,
+    /// When the stream last moved.
+    pub(crate) moved_us: i64,
+}
+
+impl Watch {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<MigrationId, Watched>> {
+        self.entries.lock().expect("no holder of this lock can panic: it only moves values in a map")
+    }
+
+    fn enter(&self, id: MigrationId) -> (Arc<Notify>, bool) {
+        let mut entries = self.lock();
+        let entry = entries.entry(id).or_default();
+        let fresh = !std::mem::replace(&mut entry.reconciled, true);
+        (Arc::clone(&entry.notify), fresh)
+    }
+
+    /// The wake-up of a migration whose reconciler runs.
+    pub(crate) fn notify(&self, id: MigrationId) -> Arc<Notify> {
+        Arc::clone(&self.lock().entry(id).or_default().notify)
+    }
+
+    /// Its reconciler ended.
+    pub(crate) fn leave(&self, id: MigrationId) {
+        self.lock().remove(&id);
+    }
+
+    /// Its counters.
+    pub(crate) fn progress(&self, id: MigrationId) -> Progress {
+        self.lock().get(&id).map(|e| e.progress).unwrap_or_default()
+    }
+
+    /// Changes its counters, when it is open in this process.
+    pub(crate) fn update(&self, id: MigrationId, change: impl FnOnce(&mut Progress)) {
+        if let Some(entry) = self.lock().get_mut(&id) {
+            change(&mut entry.progress);
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! What a host says in its session.
+
+use super::Session;
+use crate::core::Manager;
+use crate::migration::{events, gates, handover};
+use crate::vms;
+use api::fleet::{AskRenounce, Hello, StatementStored, ToManager, to_host, to_manager};
+use engine::handover::RenunciationProof;
+use engine::handover::decider::Event;
+use permit::SignatureError;
+use permit::{SignedStatement, VerifyingKey, statement};
+use registry::Tx;
+use std::sync::Arc;
+use types::handover::Statement;
+use types::{Digest, ErrorCode, HostName, Problem, Side};
+
+/// Statements that a hello may present: far more than a host has open hand-overs.
+const OPEN_STATEMENTS_LIMIT: usize = 1_024;
+
+/// One message. What it is about may be wrong; the session goes on.
+pub(super) async fn message(manager: &Arc<Manager>, session: &Arc<Session>, message: ToManager) {
+    use to_manager::Body as B;
+    let host = &session.host;
+    let result = match message.body {
+        Some(B::Reply(reply)) => {
+            session.answered(reply);
+            Ok(())
+        }
+        Some(B::Heartbeat(beat)) => heartbeat(session, &beat.load_json),
+        Some(B::Statement(signed)) => stated(manager, session, signed.token).await,
+        Some(B::Event(event)) => events::received(manager, host, event).await,
+        Some(B::VmEvent(event)) => vms::reported(manager, host, &event).await,
+        Some(B::AskRenounce(ask)) => asked(manager, session, ask).await,
+        Some(B::Hello(_)) => Err(Problem::new(ErrorCode::BadRequest, "a second hello in one session")),
+        // From a newer host: not understood, not harmful.
+        None => Ok(()),
+    };
+    if let Err(problem) = result {
+        tracing::warn!(%host, code = %problem.code, "message not taken: {}", problem.detail);
+    }
+}
+
+fn heartbeat(session: &Session, load_json: &str) -> Result<(), Problem> {
+    if load_json.is_empty() {
+        return Ok(());
+    }
+    let load = serde_json::from_str(load_json)
+        .map_err(|e| Problem::new(ErrorCode::BadRequest, format!("malformed load: {e}")))?;
+    session.loaded(load);
+    Ok(())
+}
+
+/// A host came (back): what it runs, what it had stated and nobody confirmed, and whoever waits for it.
+pub(super) async fn greeted(manager: &Arc<Manager>, session: &Arc<Session>, hello: Hello) {
+    let host = &session.host;
+    if let Err(problem) = vms::reconcile(manager, host, &hello.vms).await {
+        tracing::warn!(%host, "cannot reconcile its VMs: {problem}");
+    }
+    for token in hello.open_statements.into_iter().take(OPEN_STATEMENTS_LIMIT) {
+        if let Err(problem) = stated(manager, session, token).await {
+            tracing::warn!(%host, code = %problem.code, "statement not taken: {}", problem.detail);
+        }
+    }
+    if let Err(problem) = manager.wake_all().await {
+        tracing::warn!("cannot wake the open migrations: {problem}");
+    }
+}
+
+/// A host went away.
+pub(super) async fn lost(manager: &Arc<Manager>, host: &HostName, why: &str) {
+    let audited = async {
+        let mut tx = manager.begin("host lost").await?;
+        tx.audit(&manager.actor(), "host.lost", host.as_str(), serde_json::json!({ "why": why })).await?;
+        tx.commit().await
+    };
+    if let Err(error) = audited.await {
+        tracing::warn!(%host, "cannot record that it was lost: {error}");
+    }
+}
+
+/// A signed statement: verified, then stored and applied in one transaction, then confirmed.
+async fn stated(manager: &Arc<Manager>, session: &Arc<Session>, token: Vec<u8>) -> Result<(), Problem> {
+    let digest = Digest::of(&token);
+    let signed = SignedStatement::from_bytes(token)
+        .map_err(|e| Problem::new(ErrorCode::BadRequest, format!("not a statement: {e}")))?;
+    let mut tx = manager.begin("statement").await?;
+    let (signer, key, statement) = verified(&mut tx, &session.host, &signed).await?;
+    let taken = match &statement {
+        Statement::Request(request) => match gates::requested(manager, &mut tx, &signer, request).await {
+            Ok(row) => {
+                tx.add_statement(row.id, "request", &signer, digest, signed.as_bytes()).await?;
+                tx.commit().await?;
+                manager.wake(row.id);
+                true
+            }
+            Err(problem) => {
+                drop(tx);
+                return refused_request(manager, session, request, digest, problem).await;
+            }
+        },
+        other => {
+            let taken = apply(&mut tx, &signer, &key, other, digest, &signed).await?;
+            tx.commit().await?;
+            if let Some(key) = handover::key_of(other) {
+                manager.wake(key.migration);
+            }
+            taken
+        }
+    };
+    if taken {
+        let stored = StatementStored { digest: digest.0.to_vec() };
+        session.tell(to_host::Body::StatementStored(stored))?;
+    }
+    Ok(())
+}
+
+/// Who signed, with which key, and what. A host shows its own statements, and the other side's renunciation.
+async fn verified(
+    tx: &mut Tx,
+    host: &HostName,
+    signed: &SignedStatement,
+) -> Result<(HostName, VerifyingKey, Statement), Problem> {
+    let forged = |detail: String| Problem::new(ErrorCode::Forbidden, detail);
+    let row = tx.host(host).await?;
+    let key = row.and_then(|r| r.signing_key).and_then(|k| VerifyingKey::from_bytes(&k).ok());
+    let key = key.ok_or_else(|| forged(format!("host {host} has no signing key on record")))?;
+    match statement::verify(signed, &key) {
+        Ok(statement) => return Ok((host.clone(), key, statement)),
+        Err(SignatureError::UnknownKeyId { .. }) => {}
+        Err(error) => {
+            return Err(forged(format!("host {host} shows a statement that does not verify: {error}")));
+        }
+    }
+    for other in tx.hosts().await? {
+        let key = other.signing_key.as_ref().and_then(|k| VerifyingKey::from_bytes(k).ok());
+        let Some(key) = key else { continue };
+        if let Ok(statement @ Statement::Renounced(_)) = statement::verify(signed, &key) {
+            return Ok((other.name().clone(), key, statement));
+        }
+    }
+    Err(forged(format!("host {host} shows a statement of nobody known")))
+}
+
+/// Applies a hand-over's statement. `false`: not now, to be shown again.
+async fn apply(
+    tx: &mut Tx,
+    signer: &HostName,
+    key: &VerifyingKey,
+    statement: &Statement,
+    digest: Digest,
+    signed: &SignedStatement,
+) -> Result<bool, Problem> {
+    let Some(attempt) = handover::key_of(statement) else { return Ok(false) };
+    let row = tx.migration(attempt.migration).await?.ok_or_else(|| handover::unknown(attempt.migration))?;
+    let permit = tx.permit(row.id).await?.ok_or_else(|| handover::unknown(row.id))?;
+    let side = match () {
+        () if *signer == row.source => Side::Source,
+        () if *signer == row.target => Side::Target,
+        () => {
+            let detail = format!("host {signer} takes no part in migration {}", row.id);
+            return Err(Problem::new(ErrorCode::Forbidden, detail));
+        }
+    };
+    // The key that the permit names, not whatever the host has on record since.
+    if permit.claims.part(side).daemon_key != key.as_bytes() {
+        let detail = format!("host {signer} signed with another key than the permit of {} names", row.id);
+        return Err(Problem::new(ErrorCode::Forbidden, detail));
+    }
+    let event = match statement {
+        Statement::Renounced(renunciation) => Event::Renounced(RenunciationProof {
+            renunciation: renunciation.clone(),
+            token: signed.as_bytes().to_vec(),
+        }),
+        other => Event::Statement { from: side, statement: other.clone() },
+    };
+    let actor = format!("host/{signer}");
+    match handover::apply_in(tx, &actor, row.id, event).await? {
+        handover::Applied::Taken => {
+            let kind = handover::kind_of(statement);
+            tx.add_statement(row.id, kind, signer, digest, signed.as_bytes()).await?;
+            if matches!(statement, Statement::AskRenounce(_)) {
+                handover::keep_ask(tx, row.id, signed.as_bytes()).await?;
+            }
+            Ok(true)
+        }
+        handover::Applied::Refused(refusal) => {
+            tracing::debug!(migration = %row.id, host = %signer, "statement refused: {refusal}");
+            Ok(false)
+        }
+    }
+}
+
+/// A request that is refused ends its migration, so that `migration show` explains it, and is confirmed: there is
+/// nothing to repeat.
+async fn refused_request(
+    manager: &Arc<Manager>,
+    session: &Arc<Session>,
+    request: &types::handover::MigrationRequest,
+    digest: Digest,
+    problem: Problem,
+) -> Result<(), Problem> {
+    if problem.code == ErrorCode::RegistryUnavailable {
+        return Err(problem);
+    }
+    let mut tx = manager.begin("refused request").await?;
+    let subject = request.vm.to_string();
+    let detail = serde_json::json!({
+        "code": problem.code, "detail": problem.detail, "nonce": request.nonce, "intent": request.intent,
+    });
+    tx.audit(&format!("host/{}", session.host), "migration.request-refused", &subject, detail).await?;
+    let row = match request.intent.parse() {
+        Ok(intent) => tx.migration_of_intent(intent).await?,
+        Err(_) => None,
+    };
+    tx.commit().await?;
+    // A replay must not end the migration that the first copy began.
+    if let Some(row) = row.filter(|r| r.source == session.host && problem.code != ErrorCode::ReplayedRequest)
+    {
+        crate::migration::reconcile::refuse(manager, &row, problem.clone()).await?;
+        manager.wake(row.id);
+    }
+    session.tell(to_host::Body::StatementStored(StatementStored { digest: digest.0.to_vec() }))?;
+    Err(problem)
+}
+
+/// The frozen source asks for a renunciation through the manager. With its signed ask it is a statement; without one
+/// it is only a reason to look.
+async fn asked(manager: &Arc<Manager>, session: &Arc<Session>, ask: AskRenounce) -> Result<(), Problem> {
+    if !ask.request.is_empty() {
+        return stated(manager, session, ask.request).await;
+    }
+    let key: types::HandoverKey = serde_json::from_str(&ask.key_json)
+        .map_err(|e| Problem::new(ErrorCode::BadRequest, format!("malformed key: {e}")))?;
+    manager.wake(key.migration);
+    Ok(())
+}

@@ -1,0 +1,125 @@
+//! Joining: the token is good once, for one host, in time; the interfaces are those of the record; the signing request
+//! proves the key. A host that holds its certificate may come again without a token for a fresh one.
+
+use super::service::{Caller, interfaces};
+use crate::core::Manager;
+use crate::migration::gates;
+use api::fleet::{JoinReply, JoinRequest, PermitKey};
+use permit::VerifyingKey;
+use permit::join::JoinSecret;
+use registry::{Enrolment, HostRow, TokenUse, Tx};
+use serde_json::json;
+use types::{ErrorCode, HostName, Nonce, Problem};
+
+/// Lets a host join, or renews its certificate.
+///
+/// # Errors
+/// What is wrong with the token, the record or the keys.
+pub(super) async fn join(
+    manager: &Manager,
+    caller: &Caller,
+    request: JoinRequest,
+) -> Result<JoinReply, Problem> {
+    let host: HostName = request
+        .host
+        .parse()
+        .map_err(|e: types::id::MalformedId| Problem::new(ErrorCode::BadRequest, e.to_string()))?;
+    let mut tx = manager.begin("join").await?;
+    match joined(manager, &mut tx, caller, &host, &request).await {
+        Ok(reply) => {
+            // The certificate leaves only after its audit entry is durable (I6).
+            tx.commit().await?;
+            tracing::info!(%host, "host joined");
+            Ok(reply)
+        }
+        Err(problem) => {
+            drop(tx);
+            let mut tx = manager.begin("refuse a join").await?;
+            let detail =
+                json!({ "code": problem.code, "detail": problem.detail, "address": caller.address.ip() });
+            tx.audit(&format!("host/{host}"), "host.join-refused", host.as_str(), detail).await?;
+            tx.commit().await?;
+            tracing::warn!(%host, address = %caller.address, "join refused: {}", problem.detail);
+            Err(problem)
+        }
+    }
+}
+
+async fn joined(
+    manager: &Manager,
+    tx: &mut Tx,
+    caller: &Caller,
+    host: &HostName,
+    request: &JoinRequest,
+) -> Result<JoinReply, Problem> {
+    let malformed =
+        |what: &str| Problem::new(ErrorCode::BadRequest, format!("the join's {what} is malformed"));
+    let signing_key = VerifyingKey::from_bytes(&request.signing_key).map_err(|_| malformed("signing key"))?;
+    let journal: Nonce = request.journal.parse().map_err(|_| malformed("journal id"))?;
+    let reported = interfaces(&request.interfaces);
+    let row = if request.token_secret.is_empty() {
+        renewing(tx, caller, host, &signing_key, journal).await?
+    } else {
+        enrolling(tx, host, &request.token_secret).await?
+    };
+    gates::matches_record(&row, caller.address.ip(), &reported)?;
+    let issued = manager.authority.certify_host(host, &request.csr_der)?;
+    tx.host_joined(host, signing_key.as_bytes(), journal, &issued.digest, &reported).await?;
+    if row.state == Enrolment::Quarantined {
+        tx.set_host_state(host, Enrolment::Quarantined).await?;
+    }
+    let action = if request.token_secret.is_empty() { "host.renew" } else { "host.join" };
+    let detail = json!({
+        "address": caller.address.ip(), "signing_key": signing_key.to_hex(), "journal": journal,
+        "certificate": issued.digest,
+    });
+    tx.audit(&format!("host/{host}"), action, host.as_str(), detail).await?;
+    let (key_id, public_key) = manager.authority.permit_key();
+    Ok(JoinReply {
+        certificate_der: issued.certificate_der,
+        ca_der: vec![issued.ca_der],
+        permit_keys: vec![PermitKey { key_id, public_key }],
+        certificate_not_after_unix_s: issued.not_after_unix_s,
+        trust_domain: manager.config.trust_domain.clone(),
+    })
+}
+
+async fn enrolling(tx: &mut Tx, host: &HostName, secret: &str) -> Result<HostRow, Problem> {
+    let refused = |detail: String| Problem::new(ErrorCode::Unauthenticated, detail);
+    let bytes = hex::decode(secret).ok().and_then(|b| JoinSecret::from_bytes(&b));
+    let secret = bytes.ok_or_else(|| refused("the join token is malformed".to_owned()))?;
+    match tx.use_join_token(&secret.hash().0, host).await? {
+        TokenUse::Used => {}
+        TokenUse::Unknown => return Err(refused(format!("the join token is not one for host {host}"))),
+        TokenUse::UsedBefore => {
+            return Err(refused(format!("the join token of host {host} was used before"))
+                .hint("if that was not you, quarantine the host and look at the audit log"));
+        }
+        TokenUse::Expired => return Err(refused(format!("the join token of host {host} is expired"))),
+    }
+    tx.host(host)
+        .await?
+        .ok_or_else(|| Problem::new(ErrorCode::UnknownHost, format!("no host is named {host}")))
+}
+
+/// A fresh certificate for a host that proves the one it has, and shows the same key and journal.
+async fn renewing(
+    tx: &mut Tx,
+    caller: &Caller,
+    host: &HostName,
+    signing_key: &VerifyingKey,
+    journal: Nonce,
+) -> Result<HostRow, Problem> {
+    let peer = caller.peer.as_ref().and_then(|p| p.expect_host().ok());
+    if peer.is_none_or(|p| p.host != *host) {
+        let detail = "joining needs a token, or the host's own certificate to renew it";
+        return Err(Problem::new(ErrorCode::Unauthenticated, detail));
+    }
+    let row = tx.host(host).await?;
+    let row = row.ok_or_else(|| Problem::new(ErrorCode::UnknownHost, format!("no host is named {host}")))?;
+    if row.signing_key.as_deref() != Some(&signing_key.as_bytes()[..]) || row.journal != Some(journal) {
+        let detail = format!("host {host} shows another key or journal than it joined with");
+        return Err(Problem::new(ErrorCode::HostMismatch, detail));
+    }
+    Ok(row)
+}

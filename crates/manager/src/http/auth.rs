@@ -1,0 +1,133 @@
+//! Who calls: a bearer token whose hash the registry holds. Failed attempts are limited per address.
+
+use super::problem::Failure;
+use super::{App, CallerAddress};
+use crate::authority::token_hash;
+use crate::clock;
+use crate::policy::{Action, Principal};
+use axum::extract::{ConnectInfo, FromRequestParts};
+use axum::http::{header, request::Parts};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Mutex;
+use types::{ErrorCode, Problem};
+
+/// Failures of one address before it has to wait.
+const FAILURES_LIMIT: u32 = 10;
+/// For how long they count.
+const FAILURES_WINDOW_US: i64 = 60_000_000;
+/// Addresses that are remembered: an attacker with more of them gains nothing by being forgotten.
+const ADDRESSES_LIMIT: usize = 10_000;
+/// Tokens are 64 characters.
+const TOKEN_LIMIT_BYTES: usize = 512;
+
+/// An authenticated caller.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    pub(crate) principal: Principal,
+    pub(crate) address: IpAddr,
+}
+
+impl Caller {
+    /// As the audit log names it: who, and from where.
+    pub(crate) fn audit_name(&self) -> String {
+        format!("operator/{} from {}", self.principal.name, self.address)
+    }
+
+    /// Demands that policy permits an action on the fleet.
+    ///
+    /// # Errors
+    /// `forbidden`, with the reason.
+    pub(crate) fn may(&self, app: &App, action: Action) -> Result<(), Failure> {
+        app.manager.policy.fleet(&self.principal, action)?;
+        Ok(())
+    }
+}
+
+/// Counts failed attempts.
+#[derive(Default)]
+pub(crate) struct Doorkeeper {
+    failures: Mutex<BTreeMap<IpAddr, (u32, i64)>>,
+}
+
+impl Doorkeeper {
+    /// Whether this address must wait.
+    fn is_barred(&self, address: IpAddr, now_us: i64) -> bool {
+        let failures = self.failures.lock().expect("no holder of this lock can panic: it only counts");
+        failures
+            .get(&address)
+            .is_some_and(|(count, since)| *count >= FAILURES_LIMIT && now_us - since < FAILURES_WINDOW_US)
+    }
+
+    fn failed(&self, address: IpAddr, now_us: i64) {
+        let mut failures = self.failures.lock().expect("no holder of this lock can panic: it only counts");
+        if failures.len() >= ADDRESSES_LIMIT {
+            failures.retain(|_, (_, since)| now_us - *since < FAILURES_WINDOW_US);
+        }
+        if failures.len() >= ADDRESSES_LIMIT && !failures.contains_key(&address) {
+            return;
+        }
+        let entry = failures.entry(address).or_insert((0, now_us));
+        if now_us - entry.1 >= FAILURES_WINDOW_US {
+            *entry = (0, now_us);
+        }
+        entry.0 += 1;
+    }
+}
+
+impl FromRequestParts<App> for Caller {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Failure> {
+        let address = parts.extensions.get::<ConnectInfo<CallerAddress>>().map(|c| c.0.0.ip().to_canonical());
+        let address =
+            address.ok_or_else(|| Problem::new(ErrorCode::Internal, "the caller has no address"))?;
+        let now_us = clock::now_us();
+        if app.door.is_barred(address, now_us) {
+            let detail = "too many failed attempts from this address";
+            return Err(Problem::new(ErrorCode::LimitReached, detail).hint("wait a minute").into());
+        }
+        match authenticate(parts, app, address).await? {
+            Some(caller) => Ok(caller),
+            None => {
+                app.door.failed(address, now_us);
+                let detail = "the request carries no valid token";
+                Err(Problem::new(ErrorCode::Unauthenticated, detail)
+                    .hint("send `Authorization: Bearer …` with the token that the manager's first run wrote")
+                    .into())
+            }
+        }
+    }
+}
+
+async fn authenticate(parts: &Parts, app: &App, address: IpAddr) -> Result<Option<Caller>, Failure> {
+    let header = parts.headers.get(header::AUTHORIZATION).and_then(|h| h.to_str().ok());
+    let token = header.and_then(|h| h.strip_prefix("Bearer ")).map(str::trim);
+    let Some(token) = token.filter(|t| !t.is_empty() && t.len() <= TOKEN_LIMIT_BYTES) else {
+        return Ok(None);
+    };
+    let held = app.manager.registry.read("authenticate").await?.api_token(&token_hash(token)).await?;
+    let now_us = clock::now_us();
+    Ok(held
+        .filter(|t| t.expires_at_us.is_none_or(|at| at > now_us))
+        .map(|t| Caller { principal: Principal { name: t.name, role: t.role }, address }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_that_fails_often_waits_and_others_do_not() {
+        let door = Doorkeeper::default();
+        let (bad, good) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        for _ in 0..FAILURES_LIMIT {
+            assert!(!door.is_barred(bad, 1));
+            door.failed(bad, 1);
+        }
+        assert!(door.is_barred(bad, 2) && !door.is_barred(good, 2));
+        assert!(!door.is_barred(bad, 1 + FAILURES_WINDOW_US));
+        door.failed(bad, 1 + FAILURES_WINDOW_US);
+        assert!(!door.is_barred(bad, 2 + FAILURES_WINDOW_US), "the count starts anew");
+    }
+}

@@ -1,0 +1,280 @@
+//! From the source's signed request to the durable grant.
+//!
+//! Gates in order, cheapest first: both live sessions against their records, policy, the target's measured load,
+//! admission; then the VM agents are spawned and give their keys; then reservation, burned epochs, permit and audit
+//! entry are **one transaction**. Only after it is the permit signed. Whatever is missing, stale or unreachable
+//! refuses (I7).
+
+use crate::core::Manager;
+use crate::fleet::Session;
+use crate::migration::{Facts, permit, request};
+use crate::policy::{HostFacts, Principal};
+use api::fleet::{QueryLoad, SpawnAgent, reply, to_host};
+use engine::admission::{self, Demand, HeadRoom, Promised};
+use registry::{Enrolment, HostRow, Location, MigrationRow, Tx, VmRow};
+use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
+use types::handover::{MigrationRequest, Side};
+use types::host::Load;
+use types::migration::MigrationState;
+use types::permit::HostPart;
+use types::vm::VmState;
+use types::{Epoch, ErrorCode, HandoverKey, HostName, Problem};
+
+/// The target measures itself all the time: an answer takes a round trip.
+const LOAD_LIMIT: Duration = Duration::from_secs(2);
+/// Spawning a process and making a key take milliseconds, except on a loaded host.
+const AGENT_LIMIT: Duration = Duration::from_secs(5);
+
+/// The source's signed request came; `statement` is verified to be the source's own. Puts the migration into
+/// `deciding`.
+///
+/// # Errors
+/// What is wrong with the request.
+pub(crate) async fn requested(
+    manager: &Manager,
+    tx: &mut Tx,
+    from: &HostName,
+    statement: &MigrationRequest,
+) -> Result<MigrationRow, Problem> {
+    let intent = statement.intent.parse().map_err(|_| {
+        let detail = "the request answers no operator's intent";
+        Problem::new(ErrorCode::Forbidden, detail).hint("hosts do not move VMs on their own in this version")
+    })?;
+    request::fresh(statement.timestamp_unix_ms)?;
+    if !tx.use_nonce(statement.nonce, from.as_str()).await? {
+        return Err(request::replayed(statement.nonce));
+    }
+    let unknown =
+        || Problem::new(ErrorCode::UnknownMigration, "the request answers an intent that is not known");
+    let mut row = tx.migration_of_intent(intent).await?.ok_or_else(unknown)?;
+    let same = (&row.source, &row.target, row.vm) == (&statement.source, &statement.target, statement.vm);
+    if !same || *from != row.source {
+        let detail = "the signed request differs from the intent that it answers";
+        return Err(Problem::new(ErrorCode::HostMismatch, detail));
+    }
+    if row.state != MigrationState::Requested || !row.open {
+        return Err(Problem::new(ErrorCode::WrongState, format!("migration {} is {}", row.id, row.state)));
+    }
+    let mut facts = Facts::of(&row)?;
+    facts.request_us = Some(tx.now_us());
+    (row.state, row.facts) = (MigrationState::Deciding, facts.text());
+    tx.save_migration(&row).await?;
+    let detail = json!({ "migration": row.id, "nonce": statement.nonce });
+    tx.audit(&format!("host/{from}"), "migration.sign-request", row.vm_name.as_str(), detail).await?;
+    manager.watch.update(row.id, |_| {});
+    Ok(row)
+}
+
+/// What a decision rests on.
+struct Grounds {
+    vm: VmRow,
+    source: HostRow,
+    target: HostRow,
+}
+
+impl Grounds {
+    async fn read(tx: &mut Tx, row: &MigrationRow) -> Result<Self, Problem> {
+        let vm = tx.vm(row.vm).await?.ok_or_else(|| request::unknown_vm(&row.vm_name))?;
+        let source = request::require_host(tx, &row.source).await?;
+        let target = request::require_host(tx, &row.target).await?;
+        Ok(Self { vm, source, target })
+    }
+
+    /// The VM's location, which must be the source, running.
+    fn location(&self) -> Result<Location, Problem> {
+        let name = &self.vm.spec.name;
+        let on_source = self.vm.location().filter(|l| l.host == self.source.spec.name);
+        let at = on_source.ok_or_else(|| {
+            Problem::new(
+                ErrorCode::VmNotOnSource,
+                format!("VM {name} is not on {} any more", self.source.name()),
+            )
+        })?;
+        if self.vm.state != VmState::Running {
+            return Err(Problem::new(ErrorCode::VmNotRunning, format!("VM {name} is not running any more")));
+        }
+        Ok(at)
+    }
+}
+
+/// Passes every gate and grants, or says why not.
+///
+/// # Errors
+/// The refusal.
+pub(crate) async fn decide(manager: &Arc<Manager>, row: &MigrationRow) -> Result<(), Problem> {
+    let facts = Facts::of(row)?;
+    let grounds = Grounds::read(&mut manager.registry.read("grounds of a decision").await?, row).await?;
+    grounds.location()?;
+    let source = live(manager, &grounds.source)?;
+    let target = live(manager, &grounds.target)?;
+    let by = authorise(manager, &facts, &grounds)?;
+    let load = measured(&target).await?;
+    let promised = promised_on(&mut manager.registry.read("promised").await?, row).await?;
+    admit(manager, &grounds, promised, &load)?;
+    let (source_key, target_key) =
+        tokio::try_join!(spawn(&source, row, Side::Source), spawn(&target, row, Side::Target))?;
+    // Looked at again: the hosts may have gone, or come back as others, while the agents were spawned.
+    live(manager, &grounds.source)?;
+    live(manager, &grounds.target)?;
+    grant(manager, row, &load, &by, [source_key, target_key]).await
+}
+
+/// The session of a host, checked against its record once more: identity by its certificate, address and MACs.
+fn live(manager: &Manager, host: &HostRow) -> Result<Arc<Session>, Problem> {
+    let session = manager.fleet.require(host.name())?;
+    matches_record(host, session.address, &session.interfaces)?;
+    Ok(session)
+}
+
+/// Whether a host's address and interfaces are those of its record.
+///
+/// # Errors
+/// `host-mismatch`, naming what differs.
+pub(crate) fn matches_record(
+    host: &HostRow,
+    address: std::net::IpAddr,
+    interfaces: &[types::host::Interface],
+) -> Result<(), Problem> {
+    let name = host.name();
+    let mismatch = |detail: String| Err(Problem::new(ErrorCode::HostMismatch, detail));
+    if address.to_canonical() != host.spec.control_address.to_canonical() {
+        let expected = host.spec.control_address;
+        return mismatch(format!("host {name} connects from {address}, its record says {expected}"));
+    }
+    for mac in &host.spec.macs {
+        if !interfaces.iter().any(|i| i.mac.eq_ignore_ascii_case(mac)) {
+            return mismatch(format!("host {name} does not report the MAC {mac} of its record"));
+        }
+    }
+    for expected in [host.spec.control_address, host.spec.migration_address] {
+        if !interfaces.iter().any(|i| i.addresses.contains(&expected)) {
+            return mismatch(format!("host {name} does not report the address {expected} of its record"));
+        }
+    }
+    Ok(())
+}
+
+fn authorise(manager: &Manager, facts: &Facts, grounds: &Grounds) -> Result<Vec<String>, Problem> {
+    let who = Principal { name: facts.principal.clone(), role: facts.role.clone() };
+    let host = |row: &HostRow| HostFacts {
+        name: row.name().clone(),
+        zone: row.spec.zone.clone(),
+        connected: manager.fleet.session(row.name()).is_some(),
+        quarantined: row.state == Enrolment::Quarantined,
+    };
+    let (source, target) = (host(&grounds.source), host(&grounds.target));
+    Ok(manager.policy.migrate(&who, &grounds.vm.spec, &source, &target)?.by)
+}
+
+async fn measured(target: &Session) -> Result<Load, Problem> {
+    match target.order(to_host::Body::QueryLoad(QueryLoad {}), LOAD_LIMIT).await? {
+        reply::Result::Load(reply) => {
+            let load: Load = serde_json::from_str(&reply.load_json).map_err(|e| {
+                let detail = format!("host {} reports a load that cannot be read: {e}", target.host);
+                Problem::new(ErrorCode::InsufficientCapacity, detail)
+            })?;
+            target.loaded(load.clone());
+            Ok(load)
+        }
+        other => Err(unexpected(&target.host, "query-load", &other)),
+    }
+}
+
+/// The problem of a reply of the wrong kind.
+pub(crate) fn unexpected(host: &HostName, order: &str, reply: &reply::Result) -> Problem {
+    let kind = match reply {
+        reply::Result::Error(_) => "error",
+        reply::Result::Done(_) => "done",
+        reply::Result::Agent(_) => "agent",
+        reply::Result::Prepared(_) => "prepared",
+        reply::Result::Load(_) => "load",
+        reply::Result::Started(_) => "started",
+    };
+    Problem::new(ErrorCode::Internal, format!("host {host} answered {order} with {kind:?}"))
+}
+
+async fn promised_on(tx: &mut Tx, row: &MigrationRow) -> Result<Promised, Problem> {
+    let totals = tx.promised_on(&row.target).await?;
+    Ok(Promised { memory_bytes: totals.memory_bytes, vcpus: totals.vcpus, vms: totals.vms })
+}
+
+fn admit(manager: &Manager, grounds: &Grounds, promised: Promised, load: &Load) -> Result<(), Problem> {
+    let demand = Demand { memory_bytes: grounds.vm.spec.memory_bytes, vcpus: grounds.vm.spec.vcpus };
+    let head_room = HeadRoom {
+        memory_percent: manager.config.head_room_memory_percent,
+        cpu_pressure_percent: manager.config.head_room_cpu_pressure_percent,
+    };
+    admission::admit(demand, grounds.target.spec.capacity, promised, load, head_room).map_err(|shortage| {
+        let detail =
+            format!("host {} has no room for VM {}: {shortage}", grounds.target.name(), grounds.vm.spec.name);
+        Problem::new(ErrorCode::InsufficientCapacity, detail)
+    })
+}
+
+async fn spawn(session: &Session, row: &MigrationRow, side: Side) -> Result<Vec<u8>, Problem> {
+    let order = SpawnAgent { migration: row.id.to_string(), side: side.to_string() };
+    match session.order(to_host::Body::SpawnAgent(order), AGENT_LIMIT).await? {
+        // An Ed25519 SPKI has 44 bytes; nothing near a kilobyte is a key.
+        reply::Result::Agent(agent) if agent.spki_der.len() <= 256 => Ok(agent.spki_der),
+        other => Err(unexpected(&session.host, "spawn-agent", &other)),
+    }
+}
+
+/// The grant: reservation, burned epochs, permit, audit entry, in one transaction; everything that a concurrent
+/// decision could have changed is checked in it once more.
+async fn grant(
+    manager: &Arc<Manager>,
+    row: &MigrationRow,
+    load: &Load,
+    by: &[String],
+    agents: [Vec<u8>; 2],
+) -> Result<(), Problem> {
+    let mut tx = manager.begin("grant a permit").await?;
+    let mut row = tx
+        .migration(row.id)
+        .await?
+        .ok_or_else(|| Problem::new(ErrorCode::UnknownMigration, format!("migration {} is gone", row.id)))?;
+    if row.state != MigrationState::Deciding {
+        return Err(Problem::new(ErrorCode::WrongState, format!("migration {} is {}", row.id, row.state)));
+    }
+    let grounds = Grounds::read(&mut tx, &row).await?;
+    let at = grounds.location()?;
+    admit(manager, &grounds, promised_on(&mut tx, &row).await?, load)?;
+    let (source_epoch, target_epoch) = tx.burn_epochs(row.vm, &at).await?.ok_or_else(|| {
+        Problem::new(ErrorCode::VmNotRunning, format!("VM {} is not running where it was", row.vm_name))
+    })?;
+    let key = HandoverKey { migration: row.id, vm: row.vm, source_epoch, target_epoch };
+    let spec = &grounds.vm.spec;
+    tx.reserve(row.id, &row.target, row.vm, spec.memory_bytes, spec.vcpus).await?;
+    let [source_spki, target_spki] = agents;
+    let parts = (part(&grounds.source, source_spki)?, part(&grounds.target, target_spki)?);
+    let claims = permit::claims(&manager.config, key, &grounds.vm, parts, journal(&grounds.target)?)?;
+    tx.add_permit(&claims).await?;
+    row.state = MigrationState::Setup;
+    tx.save_migration(&row).await?;
+    let detail = json!({
+        "migration": row.id, "vm": row.vm_name, "source": row.source, "target": row.target,
+        "epochs": [source_epoch, target_epoch], "nonce": claims.nonce, "spec_digest": claims.spec_digest,
+        "policies": by, "requested_by": row.requested_by, "attestation": "unattested",
+        "load": { "memory_available_bytes": load.memory_available_bytes, "scope": load.scope },
+    });
+    tx.audit(&manager.actor(), "permit.issue", row.vm_name.as_str(), detail).await?;
+    tx.commit().await?;
+    debug_assert!(source_epoch > Epoch(0), "epoch 0 is the one of VMs that were never placed");
+    Ok(())
+}
+
+fn part(host: &HostRow, agent_spki: Vec<u8>) -> Result<HostPart, Problem> {
+    let daemon_key = host.signing_key.clone().ok_or_else(|| not_joined(host))?;
+    Ok(HostPart { host: host.name().clone(), agent_spki, daemon_key })
+}
+
+fn journal(host: &HostRow) -> Result<types::Nonce, Problem> {
+    host.journal.ok_or_else(|| not_joined(host))
+}
+
+fn not_joined(host: &HostRow) -> Problem {
+    Problem::new(ErrorCode::HostUnreachable, format!("host {} has not joined", host.name()))
+}

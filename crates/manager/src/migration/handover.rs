@@ -1,0 +1,394 @@
+//! The shell around `engine::handover::decider`: each event is one transaction that holds the statement, the row, the
+//! move of the VM's location (compare-and-swap) and the audit entry. Orders go out after it, from the row.
+
+use crate::core::Manager;
+use crate::migration::facts::problem_of;
+use crate::migration::{Facts, request};
+use api::fleet::{Abort, Commit, Fenced, Forget, Present, Release, Renounced, Void, to_host};
+use engine::handover::decider::{self, Decision, Event, HandoverRow, Move, Order, Outcome, Place, RowState};
+use engine::handover::{Resolution, source, target};
+use registry::{Location, MigrationRow, RegistryError, Tx};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use types::handover::{PriorRunState, Statement};
+use types::migration::{DigestsView, MigrationState};
+use types::vm::VmState;
+use types::{ErrorCode, HandoverKey, HostName, MigrationId, Problem, Side};
+
+/// The row as the registry holds it.
+pub(crate) fn text(row: &HandoverRow) -> String {
+    serde_json::to_string(row).expect("a hand-over row holds text, numbers and lists, all of which serialise")
+}
+
+/// The hand-over of a migration, once its permit is signed.
+///
+/// # Errors
+/// A row that this version cannot read.
+pub(crate) fn read(row: &MigrationRow) -> Result<Option<HandoverRow>, RegistryError> {
+    let parse = |text: &String| {
+        serde_json::from_str(text)
+            .map_err(|e| RegistryError::Malformed { what: "handover", detail: e.to_string() })
+    };
+    row.handover.as_ref().map(parse).transpose()
+}
+
+/// What applying an event came to.
+#[derive(Debug)]
+pub(crate) enum Applied {
+    /// It is durable (again).
+    Taken,
+    /// The rules refuse it.
+    Refused(decider::Refusal),
+}
+
+/// Applies one event in one transaction and wakes the reconciler.
+///
+/// # Errors
+/// The registry fails, or the location is not what the row says: then nothing happened.
+pub(crate) async fn apply(
+    manager: &Arc<Manager>,
+    actor: &str,
+    id: MigrationId,
+    event: Event,
+) -> Result<Applied, Problem> {
+    let mut tx = manager.begin("hand-over").await?;
+    let applied = apply_in(&mut tx, actor, id, event).await?;
+    tx.commit().await?;
+    manager.wake(id);
+    Ok(applied)
+}
+
+/// The same inside a transaction.
+///
+/// # Errors
+/// As [`apply`].
+pub(crate) async fn apply_in(
+    tx: &mut Tx,
+    actor: &str,
+    id: MigrationId,
+    event: Event,
+) -> Result<Applied, Problem> {
+    let mut row = tx.migration(id).await?.ok_or_else(|| unknown(id))?;
+    let Some(held) = read(&row)? else {
+        let detail = format!("migration {id} has no hand-over yet");
+        return Err(Problem::new(ErrorCode::WrongState, detail));
+    };
+    let what = describe(&event);
+    let mut facts = Facts::of(&row)?;
+    match decider::decide(&held, event.clone()) {
+        Ok(outcome) => {
+            note(&mut facts, &event, &outcome.row, tx.now_us());
+            settle(tx, actor, &mut row, facts, &held, outcome, &what).await?;
+            Ok(Applied::Taken)
+        }
+        Err(refusal) => {
+            // "Not yet" is said again every second; it is no news.
+            if refusal != decider::Refusal::NotYet && row.open {
+                let detail = json!({ "migration": id, "event": what, "refusal": refusal.to_string() });
+                tx.audit(actor, "handover.refuse", row.vm_name.as_str(), detail).await?;
+            }
+            Ok(Applied::Refused(refusal))
+        }
+    }
+}
+
+/// Writes what the decider decided.
+async fn settle(
+    tx: &mut Tx,
+    actor: &str,
+    row: &mut MigrationRow,
+    facts: Facts,
+    held: &HandoverRow,
+    outcome: Outcome,
+    what: &Value,
+) -> Result<(), Problem> {
+    let was_open = row.open;
+    move_location(tx, row, &outcome.decision).await?;
+    row.state = state_of(&outcome.row, &facts, row);
+    row.handover = Some(text(&outcome.row));
+    row.facts = facts.text();
+    if was_open && outcome.row.is_final() {
+        close(tx, row, &outcome.row).await?;
+    }
+    tx.save_migration(row).await?;
+    if let Some(action) = audited(held, &outcome) {
+        let detail = json!({
+            "migration": row.id, "event": what, "key": held.key, "location": moved(&outcome.decision),
+            "state": row.state,
+        });
+        tx.audit(actor, action, row.vm_name.as_str(), detail).await?;
+    }
+    Ok(())
+}
+
+fn location(place: &Place) -> Location {
+    Location { host: place.host.clone(), epoch: place.epoch }
+}
+
+fn moved(decision: &Decision) -> Option<Value> {
+    match decision {
+        Decision::Keep => None,
+        Decision::Commit(m) | Decision::Void(m) | Decision::Discard(m) | Decision::AdoptCommit(m) => {
+            Some(json!({ "from": m.from, "to": m.to }))
+        }
+    }
+}
+
+async fn move_location(tx: &mut Tx, row: &MigrationRow, decision: &Decision) -> Result<(), Problem> {
+    let (Decision::Commit(Move { from, to })
+    | Decision::Void(Move { from, to })
+    | Decision::Discard(Move { from, to })
+    | Decision::AdoptCommit(Move { from, to })) = decision
+    else {
+        return Ok(());
+    };
+    // Exactly (host, epoch), or the whole transaction is dropped (H6, I1).
+    if !tx.relocate_vm(row.vm, &location(from), &location(to), VmState::Migrating).await? {
+        let detail = format!(
+            "the location of VM {} is not {} under epoch {}, as migration {} has it",
+            row.vm_name, from.host, from.epoch.0, row.id
+        );
+        return Err(Problem::new(ErrorCode::Internal, detail));
+    }
+    Ok(())
+}
+
+/// The end: reservation freed, VM no longer migrating, one-open-migration slot free.
+async fn close(tx: &mut Tx, row: &mut MigrationRow, handover: &HandoverRow) -> Result<(), Problem> {
+    row.open = false;
+    row.suspended = false;
+    row.ended_at_us = Some(tx.now_us());
+    tx.free_reservation(row.id).await?;
+    let vm = tx.vm(row.vm).await?.ok_or_else(|| request::unknown_vm(&row.vm_name))?;
+    match handover.place() {
+        Some(place) => {
+            tx.set_vm_state(row.vm, &location(&place), VmState::Running).await?;
+        }
+        None => {
+            if let Some(at) = vm.location() {
+                tx.unplace_vm(row.vm, &at, VmState::Failed).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where the migration stands, as people see it.
+pub(crate) fn state_of(handover: &HandoverRow, facts: &Facts, row: &MigrationRow) -> MigrationState {
+    match &handover.state {
+        RowState::Open(open) if open.abort.is_some() => MigrationState::Aborting,
+        RowState::Open(_) if facts.stopped_us.is_some() || facts.frozen_us.is_some() => {
+            MigrationState::Switchover
+        }
+        RowState::Open(_) if facts.connected_us.is_some() => MigrationState::MemoryTransfer,
+        RowState::Open(_) => MigrationState::Setup,
+        RowState::Committed(_) => MigrationState::Committed,
+        RowState::Running { .. } => MigrationState::NetworkCleanup,
+        RowState::Completed { .. } => MigrationState::Completed,
+        RowState::Voided(_) | RowState::Discarded { .. } if !handover.is_final() => MigrationState::Aborting,
+        RowState::Voided(_) | RowState::Discarded { .. } => match facts.problem.as_ref().map(|p| p.code) {
+            Some(ErrorCode::Terminated | ErrorCode::StreamRejected) => MigrationState::Terminated,
+            _ if row.state == MigrationState::Terminated => MigrationState::Terminated,
+            _ => MigrationState::Failed,
+        },
+    }
+}
+
+/// What the event adds to the facts.
+fn note(facts: &mut Facts, event: &Event, after: &HandoverRow, now_us: i64) {
+    let digests = facts.digests.take().unwrap_or(DigestsView { source: None, target: None, matching: false });
+    let mut digests = digests;
+    match event {
+        Event::Statement { statement: Statement::Frozen(vote), .. } => {
+            facts.frozen_us.get_or_insert(now_us);
+            digests.source = Some(vote.evidence.digest);
+        }
+        Event::Statement { statement: Statement::Prepared(vote), .. } => {
+            digests.target = Some(vote.evidence.digest);
+        }
+        Event::Statement { statement: Statement::Running(_), .. } => {
+            facts.running_us.get_or_insert(now_us);
+        }
+        Event::Statement { statement: Statement::Released(_), .. } => {
+            facts.released_us.get_or_insert(now_us);
+        }
+        _ => {}
+    }
+    digests.matching = digests.source.is_some() && digests.source == digests.target;
+    if digests.source.is_some() || digests.target.is_some() {
+        facts.digests = Some(digests);
+    }
+    match &after.state {
+        RowState::Open(open) => {
+            if let Some(reason) = &open.abort {
+                facts.abort_us.get_or_insert(now_us);
+                facts.blame(problem_of(reason));
+            }
+        }
+        RowState::Committed(_) => {
+            facts.committed_us.get_or_insert(now_us);
+        }
+        RowState::Voided(voided) => {
+            facts.abort_us.get_or_insert(now_us);
+            facts.blame(problem_of(&voided.reason));
+        }
+        RowState::Discarded { .. } => {
+            let detail = "the target was fenced; the VM restarts from its disk";
+            facts.blame(Problem::new(ErrorCode::HostUnreachable, detail));
+        }
+        RowState::Running { .. } | RowState::Completed { .. } => {}
+    }
+}
+
+/// The audit entry's action, for what is news.
+fn audited(held: &HandoverRow, outcome: &Outcome) -> Option<&'static str> {
+    match (&outcome.decision, &outcome.row.state) {
+        (Decision::Commit(_), _) => Some("handover.commit"),
+        (Decision::Void(_), _) => Some("handover.void"),
+        (Decision::Discard(_), _) => Some("handover.discard"),
+        (Decision::AdoptCommit(_), _) => Some("handover.adopt-commit"),
+        (Decision::Keep, _) if outcome.row == *held => None,
+        (Decision::Keep, RowState::Open(_)) => Some("handover.vote-or-abort"),
+        (Decision::Keep, RowState::Running { .. }) => Some("handover.running"),
+        (Decision::Keep, RowState::Completed { .. }) => Some("handover.completed"),
+        (Decision::Keep, _) => Some("handover.settle"),
+    }
+}
+
+fn describe(event: &Event) -> Value {
+    match event {
+        Event::Statement { from, statement } => json!({ "from": from, "statement": statement }),
+        Event::Renounced(proof) => json!({ "renounced": proof.renunciation }),
+        Event::AbortRequested(reason) => json!({ "abort": reason }),
+        Event::SourceSilent => json!("source-silent"),
+        Event::TargetFenced => json!("target-fenced"),
+        Event::SourceFenced => json!("source-fenced"),
+    }
+}
+
+/// The key that a statement names; `None` for a request, which names none.
+pub(crate) fn key_of(statement: &Statement) -> Option<HandoverKey> {
+    Some(match statement {
+        Statement::Request(_) => return None,
+        Statement::Frozen(s) => s.key,
+        Statement::NoVote(s) => s.key,
+        Statement::Prepared(s) => s.key,
+        Statement::Running(s) => s.key,
+        Statement::Renounced(s) => s.key,
+        Statement::AskRenounce(s) => s.key,
+        Statement::Released(s) => s.key,
+        Statement::Thawed(s) => s.key,
+    })
+}
+
+/// The kind of a statement, as the registry names it.
+pub(crate) fn kind_of(statement: &Statement) -> &'static str {
+    match statement {
+        Statement::Request(_) => "request",
+        Statement::Frozen(_) => "frozen",
+        Statement::NoVote(_) => "no-vote",
+        Statement::Prepared(_) => "prepared",
+        Statement::Running(_) => "running",
+        Statement::Renounced(_) => "renounced",
+        Statement::AskRenounce(_) => "ask-renounce",
+        Statement::Released(_) => "released",
+        Statement::Thawed(_) => "thawed",
+    }
+}
+
+/// The problem of a migration that is not there.
+pub(crate) fn unknown(id: MigrationId) -> Problem {
+    Problem::new(ErrorCode::UnknownMigration, format!("no migration has the id {id}"))
+}
+
+/// An order of the decider as the host protocol carries it.
+pub(crate) struct Addressed {
+    /// To which side.
+    pub(crate) side: Side,
+    /// To whom.
+    pub(crate) host: HostName,
+    /// What.
+    pub(crate) body: to_host::Body,
+}
+
+/// Every order that is outstanding, addressed.
+pub(crate) fn orders(row: &HandoverRow, target_key: &[u8]) -> Vec<Addressed> {
+    decider::outstanding(row).into_iter().map(|order| address(row, order, target_key)).collect()
+}
+
+fn address(row: &HandoverRow, order: Order, target_key: &[u8]) -> Addressed {
+    let key_json = serde_json::to_string(&row.key).expect("a key holds ids and numbers, which serialise");
+    let (side, body) = match order {
+        Order::Source(order) => (Side::Source, source_body(row, order, key_json)),
+        Order::Target(order) => (Side::Target, target_body(row, order, key_json)),
+        Order::ShowRenunciation(proof) => {
+            let renounced = Renounced { token: proof.token, target_daemon_key: target_key.to_vec() };
+            (Side::Source, to_host::Body::Renounced(renounced))
+        }
+    };
+    let host = match side {
+        Side::Source => row.source.clone(),
+        Side::Target => row.target.clone(),
+    };
+    Addressed { side, host, body }
+}
+
+fn source_body(row: &HandoverRow, order: source::Order, key_json: String) -> to_host::Body {
+    use to_host::Body as B;
+    match order {
+        source::Order::Abort { reason } => {
+            B::Abort(Abort { key_json, code: reason.code.to_string(), detail: reason.detail })
+        }
+        source::Order::Release => B::Release(Release { key_json }),
+        source::Order::Fenced { resolution } => {
+            let resolution = match resolution {
+                Resolution::Thaw => "thaw",
+                Resolution::Discard => "discard",
+            };
+            B::Fenced(Fenced { key_json, resolution: resolution.to_owned() })
+        }
+        source::Order::Present => B::Present(Present { key_json }),
+        source::Order::Close => forget(row),
+        // Not the decider's: an operator's suspend and resume go out as they are asked for.
+        source::Order::Suspend | source::Order::Resume => B::Present(Present { key_json }),
+    }
+}
+
+fn target_body(row: &HandoverRow, order: target::Order, key_json: String) -> to_host::Body {
+    use to_host::Body as B;
+    match order {
+        target::Order::Commit { evidence, prior } => {
+            let prior = match prior {
+                PriorRunState::Running => "running",
+                PriorRunState::Paused => "paused",
+            };
+            let evidence_json = serde_json::to_string(&evidence)
+                .expect("evidence holds a number and a digest, which serialise");
+            B::Commit(Commit { key_json, prior: prior.to_owned(), evidence_json })
+        }
+        target::Order::Abort { reason } => {
+            B::Abort(Abort { key_json, code: reason.code.to_string(), detail: reason.detail })
+        }
+        target::Order::Void { reason } => {
+            B::Void(Void { key_json, code: reason.code.to_string(), detail: reason.detail })
+        }
+        target::Order::Present => B::Present(Present { key_json }),
+        target::Order::Close => forget(row),
+    }
+}
+
+fn forget(row: &HandoverRow) -> to_host::Body {
+    to_host::Body::Forget(Forget { migration: row.key.migration.to_string() })
+}
+
+/// Keeps the frozen source's signed ask, to be passed on to the target.
+///
+/// # Errors
+/// The registry fails.
+pub(crate) async fn keep_ask(tx: &mut Tx, id: MigrationId, token: &[u8]) -> Result<(), Problem> {
+    let mut row = tx.migration(id).await?.ok_or_else(|| unknown(id))?;
+    let mut facts = Facts::of(&row)?;
+    facts.ask_renounce = Some(hex::encode(token));
+    row.facts = facts.text();
+    Ok(tx.save_migration(&row).await?)
+}

@@ -1,0 +1,366 @@
+//! Authorisation: Cedar policies, default deny. A decision is a value: [`Allowed`] or a [`Problem`] that says why.
+
+use cedar_policy::{
+    Authorizer, Context, Decision, Entities, Entity, EntityUid, PolicyId, PolicySet, Request,
+    RestrictedExpression, Schema, ValidationMode, Validator,
+};
+use std::collections::HashSet;
+use std::path::Path;
+use types::{ErrorCode, HostName, Problem, vm::VmSpec};
+
+const SCHEMA: &str = include_str!("../policy/schema.cedarschema");
+const DEFAULT: &str = include_str!("../policy/default.cedar");
+/// Policy files are written by people: one larger than this is a mistake.
+const POLICY_FILE_LIMIT_BYTES: u64 = 1 << 20;
+
+/// Who asks, as far as policy cares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Principal {
+    /// Name of the operator or token.
+    pub(crate) name: String,
+    /// Its role.
+    pub(crate) role: String,
+}
+
+/// What is asked for on the fleet as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Define a VM.
+    DefineVm,
+    /// Start a VM.
+    StartVm,
+    /// Stop a VM.
+    StopVm,
+    /// Enrol a host.
+    AddHost,
+    /// Suspend, resume or terminate a migration.
+    ControlMigration,
+    /// Look at hosts, VMs and migrations.
+    View,
+    /// Read the audit log.
+    Audit,
+}
+
+impl Action {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::DefineVm => "define-vm",
+            Self::StartVm => "start-vm",
+            Self::StopVm => "stop-vm",
+            Self::AddHost => "add-host",
+            Self::ControlMigration => "control-migration",
+            Self::View => "view",
+            Self::Audit => "audit",
+        }
+    }
+}
+
+/// A host, as far as policy cares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HostFacts {
+    /// Its name.
+    pub(crate) name: HostName,
+    /// Its zone.
+    pub(crate) zone: String,
+    /// Whether it has a live, authenticated session.
+    pub(crate) connected: bool,
+    /// Whether it is set aside.
+    pub(crate) quarantined: bool,
+}
+
+/// The proof that policy permits; names the policies that did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Allowed {
+    /// Ids of the deciding policies.
+    pub(crate) by: Vec<String>,
+}
+
+/// A loaded, strictly validated policy set.
+pub(crate) struct Policy {
+    policies: PolicySet,
+    schema: Schema,
+}
+
+fn bad(detail: impl Into<String>) -> Problem {
+    Problem::new(ErrorCode::BadConfiguration, detail)
+}
+
+fn defect(what: &str, error: impl std::fmt::Display) -> Problem {
+    // Denial is the default: what can't be evaluated is not permitted (I7).
+    Problem::new(ErrorCode::PolicyDenied, format!("the policy cannot be evaluated: {what}: {error}"))
+}
+
+impl Policy {
+    /// The built-in policy.
+    ///
+    /// # Errors
+    /// `bad-configuration` (never, as a test shows).
+    pub(crate) fn built_in() -> Result<Self, Problem> {
+        Self::parse(&[("built-in".to_owned(), DEFAULT.to_owned())])
+    }
+
+    /// Every `*.cedar` file of a folder, in the order of their names.
+    ///
+    /// # Errors
+    /// `bad-configuration`, naming the file and what is wrong with it.
+    pub(crate) fn from_folder(folder: &Path) -> Result<Self, Problem> {
+        let list =
+            |e: std::io::Error| bad(format!("cannot read the policy folder {}: {e}", folder.display()));
+        let mut paths = Vec::new();
+        for entry in std::fs::read_dir(folder).map_err(list)? {
+            let path = entry.map_err(list)?.path();
+            if path.extension().is_some_and(|e| e == "cedar") {
+                paths.push(path);
+            }
+        }
+        paths.sort();
+        let mut files = Vec::new();
+        for path in paths {
+            let read = |e: std::io::Error| bad(format!("cannot read {}: {e}", path.display()));
+            if std::fs::metadata(&path).map_err(read)?.len() > POLICY_FILE_LIMIT_BYTES {
+                return Err(bad(format!(
+                    "{} is larger than {POLICY_FILE_LIMIT_BYTES} bytes",
+                    path.display()
+                )));
+            }
+            files.push((path.display().to_string(), std::fs::read_to_string(&path).map_err(read)?));
+        }
+        if files.is_empty() {
+            return Err(bad(format!("the policy folder {} holds no *.cedar file", folder.display())).hint(
+                "without any policy everything would be denied; leave `policy` out for the built-in one",
+            ));
+        }
+        Self::parse(&files)
+    }
+
+    fn parse(files: &[(String, String)]) -> Result<Self, Problem> {
+        let (schema, _) =
+            Schema::from_cedarschema_str(SCHEMA).map_err(|e| bad(format!("policy schema: {e}")))?;
+        let mut policies = PolicySet::new();
+        for (file, text) in files {
+            let parsed: PolicySet = text.parse().map_err(|e| bad(format!("{file}: {e}")))?;
+            for (n, policy) in parsed.policies().enumerate() {
+                // `@id` is only an annotation to Cedar: made the id here, so that a denial can name it.
+                let id = policy.annotation("id").map_or_else(|| format!("{file}#{n}"), str::to_owned);
+                policies
+                    .add(policy.new_id(PolicyId::new(&id)))
+                    .map_err(|e| bad(format!("{file}: policy {id:?}: {e}")))?;
+            }
+        }
+        let verdict = Validator::new(schema.clone()).validate(&policies, ValidationMode::Strict);
+        if let Some(error) = verdict.validation_errors().next() {
+            return Err(bad(format!("policy {error}")));
+        }
+        Ok(Self { policies, schema })
+    }
+
+    /// Whether `who` may do `action` on the fleet.
+    ///
+    /// # Errors
+    /// `forbidden`.
+    pub(crate) fn fleet(&self, who: &Principal, action: Action) -> Result<Allowed, Problem> {
+        let entities = vec![operator(who)?, Entity::new_no_attrs(uid("Fleet", "fleet")?, HashSet::new())];
+        let context = Context::empty();
+        self.decide(who, action.as_str(), uid("Fleet", "fleet")?, context, entities).map_err(|mut problem| {
+            problem.code = ErrorCode::Forbidden;
+            problem
+        })
+    }
+
+    /// Whether `who` may move `vm` from `source` to `target`.
+    ///
+    /// # Errors
+    /// `policy-denied`, with the reason and the deciding policy.
+    pub(crate) fn migrate(
+        &self,
+        who: &Principal,
+        vm: &VmSpec,
+        source: &HostFacts,
+        target: &HostFacts,
+    ) -> Result<Allowed, Problem> {
+        let tenant = uid("Tenant", vm.tenant.as_str())?;
+        let resource = uid("Vm", &vm.uuid.to_string())?;
+        let entities = vec![
+            operator(who)?,
+            Entity::new_no_attrs(tenant.clone(), HashSet::new()),
+            vm_entity(vm, &resource, tenant)?,
+            host(source)?,
+            host(target)?,
+        ];
+        let host_uid = |h: &HostFacts| {
+            Ok::<_, Problem>(RestrictedExpression::new_entity_uid(uid("Host", h.name.as_str())?))
+        };
+        let pairs = [("source".to_owned(), host_uid(source)?), ("target".to_owned(), host_uid(target)?)];
+        let context = Context::from_pairs(pairs).map_err(|e| defect("context", e))?;
+        self.decide(who, "migrate", resource, context, entities)
+    }
+
+    fn decide(
+        &self,
+        who: &Principal,
+        action: &str,
+        resource: EntityUid,
+        context: Context,
+        entities: Vec<Entity>,
+    ) -> Result<Allowed, Problem> {
+        let principal = uid("Operator", &who.name)?;
+        let request = Request::new(principal, uid("Action", action)?, resource, context, Some(&self.schema))
+            .map_err(|e| defect("request", e))?;
+        let entities =
+            Entities::from_entities(entities, Some(&self.schema)).map_err(|e| defect("entities", e))?;
+        let response = Authorizer::new().is_authorized(&request, &self.policies, &entities);
+        let mut by: Vec<_> = response.diagnostics().reason().map(ToString::to_string).collect();
+        by.sort();
+        // An error in one policy is no permission by another: a forbid that can't be evaluated must not vanish.
+        if let Some(error) = response.diagnostics().errors().next() {
+            return Err(defect("a policy failed", error));
+        }
+        match response.decision() {
+            Decision::Allow => Ok(Allowed { by }),
+            Decision::Deny => Err(self.denial(who, action, &by)),
+        }
+    }
+
+    fn denial(&self, who: &Principal, action: &str, by: &[String]) -> Problem {
+        let Some(id) = by.first() else {
+            let detail = format!(
+                "no policy permits {} (role {}) to {action}, and denial is the default",
+                who.name, who.role
+            );
+            return Problem::new(ErrorCode::PolicyDenied, detail);
+        };
+        let policy = self.policies.policy(&PolicyId::new(id));
+        let reason = policy.and_then(|p| p.annotation("reason")).unwrap_or("it forbids this");
+        Problem::new(ErrorCode::PolicyDenied, format!("policy {id:?} denies {action}: {reason}"))
+    }
+}
+
+fn uid(kind: &str, id: &str) -> Result<EntityUid, Problem> {
+    let kind = kind.parse().map_err(|e| defect("entity type", e))?;
+    Ok(EntityUid::from_type_name_and_id(kind, cedar_policy::EntityId::new(id)))
+}
+
+fn text(value: &str) -> RestrictedExpression {
+    RestrictedExpression::new_string(value.to_owned())
+}
+
+fn entity(
+    id: EntityUid,
+    attributes: Vec<(&str, RestrictedExpression)>,
+    parents: HashSet<EntityUid>,
+) -> Result<Entity, Problem> {
+    let attributes = attributes.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
+    Entity::new(id, attributes, parents).map_err(|e| defect("entity", e))
+}
+
+fn operator(who: &Principal) -> Result<Entity, Problem> {
+    entity(uid("Operator", &who.name)?, vec![("role", text(&who.role))], HashSet::new())
+}
+
+fn host(facts: &HostFacts) -> Result<Entity, Problem> {
+    let attributes = vec![
+        ("zone", text(&facts.zone)),
+        ("connected", RestrictedExpression::new_bool(facts.connected)),
+        ("quarantined", RestrictedExpression::new_bool(facts.quarantined)),
+        ("attested", RestrictedExpression::new_bool(false)),
+    ];
+    entity(uid("Host", facts.name.as_str())?, attributes, HashSet::new())
+}
+
+fn vm_entity(vm: &VmSpec, id: &EntityUid, tenant: EntityUid) -> Result<Entity, Problem> {
+    let labels = vm.labels.iter().map(|(k, v)| text(&format!("{k}={v}")));
+    let memory = i64::try_from(vm.memory_bytes).map_err(|e| defect("memory_bytes", e))?;
+    let attributes = vec![
+        ("tenant", text(vm.tenant.as_str())),
+        ("labels", RestrictedExpression::new_set(labels)),
+        ("memory_bytes", RestrictedExpression::new_long(memory)),
+    ];
+    entity(id.clone(), attributes, HashSet::from([tenant]))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn who(role: &str) -> Principal {
+        Principal { name: "ann".to_owned(), role: role.to_owned() }
+    }
+
+    fn facts(name: &str) -> HostFacts {
+        HostFacts { name: name.parse().unwrap(), zone: "z".to_owned(), connected: true, quarantined: false }
+    }
+
+    fn vm() -> VmSpec {
+        let uuid = types::VmId::from_bytes([1; 16]);
+        serde_json::from_value(serde_json::json!({
+            "uuid": uuid, "name": "vm", "vcpus": 1, "memory_bytes": 1 << 28, "labels": {"a": "b"},
+        }))
+        .unwrap()
+    }
+
+    fn check(role: &str, change: impl FnOnce(&mut HostFacts), expect: Result<&str, &str>) {
+        let mut target = facts("host-b");
+        change(&mut target);
+        let decision = Policy::built_in().unwrap().migrate(&who(role), &vm(), &facts("host-a"), &target);
+        match (decision, expect) {
+            (Ok(allowed), Ok(by)) => assert_eq!(allowed.by, [by]),
+            (Err(problem), Err(part)) => {
+                assert_eq!(problem.code, ErrorCode::PolicyDenied);
+                assert!(problem.detail.contains(part), "{}", problem.detail);
+            }
+            (got, expect) => panic!("{role}: {got:?}, expected {expect:?}"),
+        }
+    }
+
+    #[test]
+    fn the_built_in_policy_denies_by_default_and_names_who_decided() {
+        check("operator", |_| {}, Ok("migrate-for-operators"));
+        check("admin", |_| {}, Ok("migrate-for-operators"));
+        check("viewer", |_| {}, Err("no policy permits ann (role viewer)"));
+        check("", |_| {}, Err("no policy permits"));
+        check("admin", |t| t.connected = false, Err("no policy permits"));
+        check("admin", |t| t.quarantined = true, Err("\"no-migration-to-quarantine\""));
+        check("operator", |t| t.zone = "other".to_owned(), Err("\"zones-are-left-by-admins-only\""));
+        check("admin", |t| t.zone = "other".to_owned(), Ok("migrate-for-operators"));
+    }
+
+    #[test]
+    fn roles_do_what_they_are_for() {
+        let policy = Policy::built_in().unwrap();
+        for (role, action, expect) in [
+            ("admin", Action::AddHost, true),
+            ("operator", Action::AddHost, false),
+            ("operator", Action::StartVm, true),
+            ("viewer", Action::StartVm, false),
+            ("viewer", Action::View, true),
+            ("auditor", Action::Audit, true),
+            ("operator", Action::Audit, false),
+            ("nobody", Action::View, false),
+        ] {
+            assert_eq!(policy.fleet(&who(role), action).is_ok(), expect, "{role} {action:?}");
+        }
+    }
+
+    #[test]
+    fn a_policy_with_a_slip_is_refused_when_loaded() {
+        for (text, part) in [
+            ("permit (principal, action, resource", "expected"),
+            (
+                "permit (principal, action == Action::\"migrate\", resource) when { context.target.quarantend };",
+                "quarantend",
+            ),
+            ("permit (principal, action == Action::\"migrat\", resource);", "migrat"),
+            (
+                "@id(\"x\") permit (principal, action, resource); @id(\"x\") forbid (principal, action, resource);",
+                "\"x\"",
+            ),
+        ] {
+            let problem = Policy::parse(&[("f.cedar".to_owned(), text.to_owned())]).err().unwrap();
+            assert_eq!(problem.code, ErrorCode::BadConfiguration);
+            assert!(problem.detail.contains(part), "{}", problem.detail);
+        }
+        let empty = tempfile::tempdir().unwrap();
+        assert!(Policy::from_folder(empty.path()).is_err(), "an empty folder is a mistake, not a policy");
+    }
+}
