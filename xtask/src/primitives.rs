@@ -29,7 +29,8 @@ const KILLERS: &[&str] = &[
     "host/src/agents.rs",
 ];
 /// Letting a guest run: the hand-over's effects, and the first start of a VM.
-const MONITOR: &[&str] = &["host/src/migration/hypervisor.rs", "host/src/vms/mod.rs"];
+const MONITOR: &[&str] =
+    &["host/src/migration/hypervisor.rs", "host/src/migration/target.rs", "host/src/vms/mod.rs"];
 
 /// Moving a VM's location, which is what a commit does.
 const DECIDER: &[&str] = &["manager/src/migration/handover.rs", "registry/src/vms.rs"];
