@@ -267,12 +267,17 @@ impl Fleet {
         self.daemons.get(&machine).map(Child::id)
     }
 
+    /// Where a daemon's log is; a restart of the daemon begins it anew.
+    #[must_use]
+    pub fn log_file(&self, machine: Machine) -> PathBuf {
+        let noun = if machine == Machine::Manager { "manager" } else { "host" };
+        self.net.run_folder().join(machine.name()).join(format!("{noun}.log"))
+    }
+
     /// The last lines of a daemon's log.
     #[must_use]
     pub fn log(&self, machine: Machine) -> String {
-        let noun = if machine == Machine::Manager { "manager" } else { "host" };
-        let path = self.net.run_folder().join(machine.name()).join(format!("{noun}.log"));
-        let text = fs::read_to_string(path).unwrap_or_default();
+        let text = fs::read_to_string(self.log_file(machine)).unwrap_or_default();
         let lines: Vec<&str> = text.lines().rev().take(30).collect();
         lines.into_iter().rev().collect::<Vec<_>>().join("\n")
     }

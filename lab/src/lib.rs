@@ -14,6 +14,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod client;
 pub mod demo;
+pub mod fault;
 pub mod fleet;
 pub mod guest;
 pub mod net;
