@@ -311,13 +311,14 @@ impl HandoverRow {
     }
 
     fn keep(&self) -> Outcome {
-        let orders = outstanding(self);
-        Outcome { row: self.clone(), decision: Decision::Keep, orders }
+        self.becomes(self.state.clone(), Decision::Keep)
     }
 
+    /// Orders follow a change at once. A statement that changes nothing is a repetition, and answering each one would
+    /// let two sides echo each other for ever: the timer of [`outstanding`] answers it. An ended row answers always.
     fn becomes(&self, state: RowState, decision: Decision) -> Outcome {
         let row = Self { state, ..self.clone() };
-        let orders = outstanding(&row);
+        let orders = if row != *self || row.is_final() { outstanding(&row) } else { Vec::new() };
         Outcome { row, decision, orders }
     }
 
@@ -350,7 +351,7 @@ pub(super) fn decide_under(rules: Rules, row: &HandoverRow, event: Event) -> Ver
     };
     // Mutation only: what each side hears depends on the rules too.
     verdict.map(|mut outcome| {
-        if rules != Rules::ALL {
+        if rules != Rules::ALL && outcome.row != *row {
             outcome.orders.extend(outstanding_under(rules, &outcome.row));
         }
         outcome
@@ -367,16 +368,16 @@ pub fn outstanding(row: &HandoverRow) -> Vec<Order> {
 
 pub(super) fn outstanding_under(rules: Rules, row: &HandoverRow) -> Vec<Order> {
     let mut orders = Vec::new();
+    // A registry that forgot asks before it believes itself.
+    if row.continuity == Continuity::Unproven && !row.is_final() {
+        orders.push(Order::Source(source::Order::Present));
+        orders.push(Order::Target(target::Order::Present));
+    }
     match &row.state {
         RowState::Open(open) => {
             if let Some(reason) = &open.abort {
                 orders.push(Order::Source(source::Order::Abort { reason: reason.clone() }));
                 orders.push(Order::Target(target::Order::Abort { reason: reason.clone() }));
-            }
-            // A registry that forgot asks before it believes itself.
-            if row.continuity == Continuity::Unproven {
-                orders.push(Order::Source(source::Order::Present));
-                orders.push(Order::Target(target::Order::Present));
             }
         }
         RowState::Committed(Committed { evidence, prior }) => {

@@ -138,6 +138,65 @@ pub enum TargetFact {
     Closed,
 }
 
+/// The entries of one attempt on one side, for recovery.
+#[derive(Debug, Clone)]
+pub enum Recorded<'a> {
+    /// For [`super::source::Source::recover`].
+    Source {
+        /// The attempt.
+        key: HandoverKey,
+        /// Whether a later attempt was opened on the VM's QEMU: recover with `QemuSeen::Superseded`.
+        superseded: bool,
+        /// Its entries, oldest first.
+        entries: Vec<&'a SourceEntry>,
+    },
+    /// For [`super::target::Target::recover`].
+    Target {
+        /// The attempt.
+        key: HandoverKey,
+        /// Whether a later attempt moves the VM's QEMU away: recover with `QemuSeen::Superseded`.
+        superseded: bool,
+        /// Its entries, oldest first.
+        entries: Vec<&'a TargetEntry>,
+    },
+}
+
+/// Sorts a host's journal by attempt, in the order in which they began.
+pub fn attempts<'a>(journal: impl IntoIterator<Item = &'a Entry>) -> Vec<Recorded<'a>> {
+    let mut recorded: Vec<Recorded<'a>> = Vec::new();
+    for entry in journal {
+        if let Entry::Source(SourceEntry { key, fact: SourceFact::Opened { .. } }) = entry {
+            supersede(&mut recorded, key);
+        }
+        let known = recorded.iter_mut().any(|r| match (r, entry) {
+            (Recorded::Source { key, entries, .. }, Entry::Source(e)) if *key == e.key => {
+                entries.push(e);
+                true
+            }
+            (Recorded::Target { key, entries, .. }, Entry::Target(e)) if *key == e.key => {
+                entries.push(e);
+                true
+            }
+            _ => false,
+        });
+        if !known {
+            recorded.push(match entry {
+                Entry::Source(e) => Recorded::Source { key: e.key, superseded: false, entries: vec![e] },
+                Entry::Target(e) => Recorded::Target { key: e.key, superseded: false, entries: vec![e] },
+            });
+        }
+    }
+    recorded
+}
+
+/// Every attempt before this one has let go of the VM's QEMU ([`super::source::Claim`]).
+fn supersede(recorded: &mut [Recorded<'_>], by: &HandoverKey) {
+    for earlier in recorded {
+        let (Recorded::Source { key, superseded, .. } | Recorded::Target { key, superseded, .. }) = earlier;
+        *superseded |= key.vm == by.vm && key != by;
+    }
+}
+
 /// Why the permit's nonce was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the nonce {nonce} of the permit for migration {migration} was consumed before")]

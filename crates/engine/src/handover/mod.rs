@@ -46,8 +46,8 @@
 //! 3. Every effect is idempotent, because a restart may repeat it.
 //! 4. Statements are verified (signature, signer, permit) before they become events.
 //! 5. Timers are monotonic. They wake; they decide nothing.
-//! 6. An order to end an attempt that no machine knows (PREPARE or START was lost, or is late) makes a machine that
-//!    declines it: [`source::Source::decline`], [`target::Target::decline`]. A request to renounce that no machine
+//! 6. An order to end an attempt that no machine knows (PREPARE or START was lost, or is late), or a renunciation of
+//!    one that was never started here, makes a machine that declines it: [`source::Source::decline`], [`target::Target::decline`]. A request to renounce that no machine
 //!    knows is answered with [`TargetStatus::NoRecord`].
 //! 7. A message is given to the machine of the migration that it names; the machine checks the rest of the key.
 //! 8. A machine that ended is kept (or recovered) for as long as its journal is: it answers late messages.

@@ -23,6 +23,7 @@ mod recover;
 pub use self::messages::{Effect, Event, Order, Outcome, QemuSeen};
 use self::recover::Past;
 use super::journal::{SourceEntry, SourceFact};
+use super::target::Target;
 use super::{
     Attempt, FROZEN_WATCHDOG_MS, QemuFacts, RESEND_MS, Reaction, RecoverError, Refusal, RenunciationProof,
     Resolution, Rule, Rules, SWITCHOVER_LIMIT_MS, TargetStatus, TimerKind, Weight, key_matches, reason,
@@ -40,6 +41,23 @@ pub struct Source {
     state: State,
 }
 
+/// The right to start an attempt on the VM's QEMU: no earlier attempt will touch that QEMU any more. Without it a
+/// late abort of the attempt before thaws what this one has frozen.
+#[derive(Debug)]
+pub struct Claim(());
+
+impl Claim {
+    /// From every machine of this VM on this host. `None`: one still has something to do to its QEMU; decline, and
+    /// the manager asks again.
+    pub fn new<'a>(
+        sources: impl IntoIterator<Item = &'a Source>,
+        targets: impl IntoIterator<Item = &'a Target>,
+    ) -> Option<Self> {
+        let free = sources.into_iter().all(Source::has_let_go) && targets.into_iter().all(Target::has_let_go);
+        free.then_some(Self(()))
+    }
+}
+
 /// What every state has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Shared {
@@ -52,18 +70,47 @@ struct Shared {
 /// One variant per state, with what is legal in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
-    Streaming { suspended: bool },
+    Streaming {
+        suspended: bool,
+    },
     Stopping,
-    Freezing { evidence: StreamEvidence },
-    Proving { evidence: StreamEvidence },
-    Voted { vote: SourceVote, asked: bool },
-    VotedLost { vote: SourceVote },
-    Thawed { freed_by: FreedBy, runs: bool },
-    Cancelling { reason: AbortReason, runs: bool },
-    Releasing { evidence: StreamEvidence, outcome: Outcome },
-    Released { evidence: StreamEvidence, outcome: Outcome },
-    Lost { reason: AbortReason },
-    Closed { last: Option<Last>, outcome: Outcome },
+    Freezing {
+        evidence: StreamEvidence,
+    },
+    Proving {
+        evidence: StreamEvidence,
+    },
+    Voted {
+        vote: SourceVote,
+        asked: bool,
+    },
+    VotedLost {
+        vote: SourceVote,
+    },
+    Thawed {
+        freed_by: FreedBy,
+        runs: bool,
+    },
+    Cancelling {
+        reason: AbortReason,
+        runs: bool,
+    },
+    Releasing {
+        evidence: StreamEvidence,
+        outcome: Outcome,
+    },
+    Released {
+        evidence: StreamEvidence,
+        outcome: Outcome,
+    },
+    Lost {
+        reason: AbortReason,
+    },
+    /// With what late messages are answered.
+    Closed {
+        answer: Effects,
+        outcome: Outcome,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,25 +119,24 @@ enum FreedBy {
     Fence,
 }
 
-/// What an ended source still answers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Last {
-    Statement(Box<Statement>),
-    Proof(RenunciationProof),
-}
-
 type Effects = Vec<Effect>;
 type Next = (State, Reaction<Effect>);
 
 impl Source {
     /// Starts the migration. The permit is verified, both VM agents are connected, and the target is ready.
     #[must_use]
-    pub fn start(attempt: Attempt, qemu: QemuFacts, prior: PriorRunState) -> (Self, Vec<Effect>) {
-        Self::start_under(Rules::ALL, attempt, qemu, prior)
+    pub fn start(
+        claim: Claim,
+        attempt: Attempt,
+        qemu: QemuFacts,
+        prior: PriorRunState,
+    ) -> (Self, Vec<Effect>) {
+        Self::start_under(Rules::ALL, claim, attempt, qemu, prior)
     }
 
     pub(super) fn start_under(
         rules: Rules,
+        _claim: Claim,
         attempt: Attempt,
         qemu: QemuFacts,
         prior: PriorRunState,
@@ -173,6 +219,15 @@ impl Source {
         matches!(self.state, State::Voted { .. })
     }
 
+    /// Whether it will never touch its QEMU again.
+    fn has_let_go(&self) -> bool {
+        match self.state {
+            State::Cancelling { runs, .. } | State::Thawed { runs, .. } => runs,
+            State::Released { .. } | State::Lost { .. } | State::Closed { .. } => true,
+            _ => false,
+        }
+    }
+
     /// The name of the state, for `migration show`, logs and tests.
     #[must_use]
     pub fn state_name(&self) -> &'static str {
@@ -197,7 +252,7 @@ impl Source {
     /// Takes one event.
     pub fn handle(&mut self, event: Event) -> Reaction<Effect> {
         // The placeholder is never seen: `next` replaces it before this returns.
-        let placeholder = State::Closed { last: None, outcome: Outcome::Lost };
+        let placeholder = State::Closed { answer: Vec::new(), outcome: Outcome::Lost };
         let state = std::mem::replace(&mut self.state, placeholder);
         let (state, reaction) = self.shared.next(state, event);
         self.state = state;
@@ -238,7 +293,7 @@ impl Shared {
             State::Releasing { evidence, outcome } => self.releasing(evidence, outcome, event),
             State::Released { evidence, outcome } => self.released(evidence, outcome, event),
             State::Lost { reason } => self.lost(reason, event),
-            State::Closed { last, outcome } => closed(last, outcome, event),
+            State::Closed { answer, outcome } => closed(answer, outcome, event),
         }
     }
 
@@ -475,11 +530,17 @@ impl Shared {
     }
 
     fn present_thaw(&self, freed_by: &FreedBy) -> Effects {
+        let mut effects = self.thaw_answer(freed_by);
+        effects.push(resend_timer());
+        effects
+    }
+
+    fn thaw_answer(&self, freed_by: &FreedBy) -> Effects {
         let mut effects = Vec::new();
         if let FreedBy::Renunciation(proof) = freed_by {
             effects.push(Effect::Present(proof.clone()));
         }
-        effects.extend([Effect::Send(self.thaw_receipt()), resend_timer()]);
+        effects.push(Effect::Send(self.thaw_receipt()));
         effects
     }
 
@@ -489,9 +550,7 @@ impl Shared {
 
     fn thawed(&self, freed_by: FreedBy, runs: bool, event: Event) -> Next {
         match event {
-            Event::Cancelled | Event::GuestResumed => {
-                (State::Thawed { freed_by, runs: true }, Reaction::act(vec![]))
-            }
+            Event::Cancelled => (State::Thawed { freed_by, runs: true }, Reaction::act(vec![])),
             Event::Timer(TimerKind::Resend)
             | Event::ManagerContact
             | Event::Order { order: Order::Present, .. } => {
@@ -502,12 +561,10 @@ impl Shared {
                 effects.extend(self.present_thaw(&freed_by));
                 (State::Thawed { freed_by, runs }, Reaction::act(effects))
             }
-            Event::Order { order: Order::Close, .. } => {
-                let last = match &freed_by {
-                    FreedBy::Renunciation(proof) => Last::Proof(proof.clone()),
-                    FreedBy::Fence => Last::Statement(Box::new(self.thaw_receipt())),
-                };
-                self.close(Some(last), Outcome::Kept)
+            // Closed only once the guest runs: until then there is something left to try.
+            Event::Order { order: Order::Close, .. } if runs => {
+                let answer = self.thaw_answer(&freed_by);
+                self.close(answer, Outcome::Kept)
             }
             // H8: whoever takes the running copy for a stale one is shown the proof.
             Event::Order { order: Order::Release, .. } if !self.rules.has(Rule::AdoptBeforeStopping) => {
@@ -568,9 +625,9 @@ impl Shared {
                 effects.extend(self.send_no_vote(&reason));
                 (State::Cancelling { reason, runs }, Reaction::act(effects))
             }
-            Event::Order { order: Order::Close, .. } => {
-                let last = Last::Statement(Box::new(self.no_vote(&reason)));
-                self.close(Some(last), Outcome::Kept)
+            Event::Order { order: Order::Close, .. } if runs => {
+                let answer = vec![Effect::Send(self.no_vote(&reason))];
+                self.close(answer, Outcome::Kept)
             }
             Event::Order { order: Order::Release | Order::Fenced { .. }, .. } => {
                 let effects = self.send_no_vote(&reason);
@@ -632,7 +689,7 @@ impl Shared {
                 (same, Reaction::act(self.send_released(evidence)))
             }
             Event::Order { order: Order::Close, .. } => {
-                self.close(Some(Last::Statement(Box::new(self.release_receipt(evidence)))), outcome)
+                self.close(vec![Effect::Send(self.release_receipt(evidence))], outcome)
             }
             _ => (same, Reaction::ignored()),
         }
@@ -658,8 +715,8 @@ impl Shared {
                 (State::Lost { reason }, Reaction::act(effects))
             }
             Event::Order { order: Order::Close, .. } => {
-                let last = Last::Statement(Box::new(self.no_vote(&reason)));
-                self.close(Some(last), Outcome::Lost)
+                let answer = vec![Effect::Send(self.no_vote(&reason))];
+                self.close(answer, Outcome::Lost)
             }
             _ => (State::Lost { reason }, Reaction::ignored()),
         }
@@ -713,14 +770,14 @@ impl Shared {
         (State::Lost { reason }, Reaction::act(effects))
     }
 
-    fn close(&self, last: Option<Last>, outcome: Outcome) -> Next {
+    fn close(&self, answer: Effects, outcome: Outcome) -> Next {
         let effects = vec![
             self.journal(SourceFact::Closed),
             Effect::ClearTimer(TimerKind::Resend),
             Effect::CloseAgent,
             Effect::Done(outcome),
         ];
-        (State::Closed { last, outcome }, Reaction::act(effects))
+        (State::Closed { answer, outcome }, Reaction::act(effects))
     }
 
     fn journal(&self, fact: SourceFact) -> Effect {
@@ -728,19 +785,14 @@ impl Shared {
     }
 }
 
-fn closed(last: Option<Last>, outcome: Outcome, event: Event) -> Next {
-    let effects = match (&event, &last) {
-        (Event::Order { order: Order::Close, .. } | Event::Timer(_), _) | (_, None) => None,
-        (Event::Order { .. } | Event::ManagerContact, Some(Last::Statement(statement))) => {
-            Some(vec![Effect::Send((**statement).clone())])
-        }
-        (Event::Order { .. } | Event::ManagerContact, Some(Last::Proof(proof))) => {
-            Some(vec![Effect::Present(proof.clone())])
-        }
-        _ => None,
+fn closed(answer: Effects, outcome: Outcome, event: Event) -> Next {
+    let asks = match event {
+        Event::Order { order: Order::Close, .. } => false,
+        Event::Order { .. } | Event::Renounced(_) | Event::ManagerContact => true,
+        _ => false,
     };
-    let reaction = effects.map_or_else(Reaction::ignored, Reaction::act);
-    (State::Closed { last, outcome }, reaction)
+    let reaction = if asks { Reaction::act(answer.clone()) } else { Reaction::ignored() };
+    (State::Closed { answer, outcome }, reaction)
 }
 
 fn resend_timer() -> Effect {

@@ -174,6 +174,14 @@ impl Target {
         }
     }
 
+    /// Whether it will never touch its QEMU again.
+    pub(super) fn has_let_go(&self) -> bool {
+        matches!(
+            self.state,
+            State::Running { .. } | State::Renounced | State::Lost { .. } | State::Closed { .. }
+        )
+    }
+
     /// The name of the state, for `migration show`, logs and tests.
     #[must_use]
     pub fn state_name(&self) -> &'static str {
@@ -406,11 +414,15 @@ impl Shared {
     }
 
     fn runs(&self, vote: &TargetVote, prior: PriorRunState) -> Next {
-        let Attempt { key, permit, .. } = self.attempt;
-        let receipt = RunningReceipt { key, permit, evidence: vote.evidence, state: prior };
+        let receipt = self.receipt(vote, prior);
         let effects =
             vec![Effect::Announce, Effect::Send(Statement::Running(receipt.clone())), resend_timer()];
         (State::Running { receipt }, Reaction::act(effects))
+    }
+
+    fn receipt(&self, vote: &TargetVote, state: PriorRunState) -> RunningReceipt {
+        let Attempt { key, permit, .. } = self.attempt;
+        RunningReceipt { key, permit, evidence: vote.evidence, state }
     }
 
     fn running(&self, receipt: RunningReceipt, event: Event) -> Next {

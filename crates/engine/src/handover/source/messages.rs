@@ -121,7 +121,9 @@ pub enum Effect {
     Send(Statement),
     /// Show the target's renunciation to the manager.
     Present(RenunciationProof),
-    /// Sign and send to the target, directly and through the manager.
+    /// Sign and send to the target, directly and through the manager, **only if the journalled process is alive and
+    /// frozen at that moment**; else send nothing ([`Event::QemuDied`] is on its way): the target's copy may be the
+    /// only one left (H7).
     AskRenounce(Statement),
     /// End the VM agent; QEMU's sockets close.
     CloseAgent,
@@ -169,4 +171,6 @@ pub enum QemuSeen {
     Running,
     /// Gone.
     Dead,
+    /// A later attempt was opened on it ([`super::super::journal::attempts`] says so): it is not this one's any more.
+    Superseded,
 }

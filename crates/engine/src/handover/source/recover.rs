@@ -2,7 +2,7 @@
 
 use super::super::journal::SourceFact;
 use super::super::{FROZEN_WATCHDOG_MS, Resolution, TimerKind, reason};
-use super::{Effect, Effects, Event, FreedBy, Last, Outcome, QemuSeen, Shared, State, resend_timer};
+use super::{Effect, Effects, Event, FreedBy, Outcome, QemuSeen, Shared, State, resend_timer};
 use types::ErrorCode;
 use types::handover::{AbortReason, SourceVote, Statement, StreamEvidence};
 
@@ -66,9 +66,20 @@ impl Shared {
             (Past::Released(evidence, outcome), _) => {
                 return (State::Released { evidence, outcome }, self.send_released(evidence));
             }
+            (Past::NoVote(reason), QemuSeen::Superseded) => {
+                let effects = self.send_no_vote(&reason);
+                return (State::Cancelling { reason, runs: true }, effects);
+            }
+            (Past::Freed(freed_by), QemuSeen::Superseded | QemuSeen::Dead) => {
+                let effects = self.present_thaw(&freed_by);
+                return (State::Thawed { freed_by, runs: true }, effects);
+            }
             (Past::Releasing(evidence, outcome), QemuSeen::Dead) => {
                 self.releasing(evidence, outcome, Event::QemuDied)
             }
+            // A claim is given only once these are over: whatever this is, the QEMU is not this attempt's to touch.
+            (Past::Releasing(..) | Past::Open, QemuSeen::Superseded) => self.lose(),
+            (Past::Voted { vote, .. }, QemuSeen::Superseded) => self.lose_after_vote(vote),
             (Past::Releasing(evidence, outcome), _) => self.kill(evidence, outcome, Vec::new()),
             (Past::Declined(reason), _) => {
                 let effects = self.send_no_vote(&reason);
@@ -84,10 +95,6 @@ impl Shared {
                 return (State::Voted { vote, asked }, effects);
             }
             (Past::Voted { vote, asked }, QemuSeen::Running) => self.voted(vote, asked, Event::GuestResumed),
-            (Past::Freed(freed_by), QemuSeen::Dead) => {
-                let effects = self.present_thaw(&freed_by);
-                return (State::Thawed { freed_by, runs: true }, effects);
-            }
             (Past::Freed(freed_by), _) => {
                 let mut effects = self.thaw_effects();
                 effects.extend(self.present_thaw(&freed_by));
@@ -104,17 +111,20 @@ impl Shared {
     }
 
     fn ended(&self, past: Past) -> State {
-        let says = |statement| Some(Last::Statement(Box::new(statement)));
-        let (last, outcome) = match past {
+        let (answer, outcome) = match past {
             Past::Releasing(evidence, outcome) | Past::Released(evidence, outcome) => {
-                (says(self.release_receipt(evidence)), outcome)
+                (vec![Effect::Send(self.release_receipt(evidence))], outcome)
             }
-            Past::NoVote(reason) | Past::Declined(reason) => (says(self.no_vote(&reason)), Outcome::Kept),
-            Past::Freed(FreedBy::Renunciation(proof)) => (Some(Last::Proof(proof)), Outcome::Kept),
-            Past::Freed(FreedBy::Fence) => (says(self.thaw_receipt()), Outcome::Kept),
-            Past::Open | Past::Voted { .. } | Past::Closed(_) => (None, Outcome::Kept),
-            Past::Lost(_) => (None, Outcome::Lost),
+            Past::NoVote(reason) | Past::Declined(reason) => {
+                (vec![Effect::Send(self.no_vote(&reason))], Outcome::Kept)
+            }
+            Past::Freed(freed_by) => (self.thaw_answer(&freed_by), Outcome::Kept),
+            Past::Open | Past::Voted { .. } | Past::Closed(_) => (Vec::new(), Outcome::Kept),
+            Past::Lost(_) => {
+                let reason = reason(ErrorCode::HypervisorFailed, "QEMU died on the source");
+                (vec![Effect::Send(self.no_vote(&reason))], Outcome::Lost)
+            }
         };
-        State::Closed { last, outcome }
+        State::Closed { answer, outcome }
     }
 }

@@ -157,4 +157,6 @@ pub enum QemuSeen {
     Running,
     /// Gone, or never started.
     Dead,
+    /// A later attempt moves it away ([`super::super::journal::attempts`] says so): it is not this one's any more.
+    Superseded,
 }

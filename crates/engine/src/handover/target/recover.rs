@@ -1,10 +1,10 @@
 //! Where a restarted target daemon takes up: the journal, folded, against what is seen of QEMU.
 
 use super::super::journal::TargetFact;
-use super::super::{Attempt, reason};
+use super::super::reason;
 use super::{Cont, Effect, Effects, Event, Outcome, QemuSeen, Shared, State, present_vote, resend_timer};
 use types::ErrorCode;
-use types::handover::{AbortReason, PriorRunState, RunningReceipt, Statement, TargetVote};
+use types::handover::{AbortReason, PriorRunState, Statement, TargetVote};
 
 /// The journal so far, folded.
 pub(super) enum Past {
@@ -42,10 +42,16 @@ impl Shared {
             }
             (Past::Unvoted | Past::Voted(_), QemuSeen::Running) => self.ran_by_itself(),
             (Past::Unvoted, _) => self.renounce(restart()),
-            (Past::Voted(vote), QemuSeen::Dead) => self.voted(vote, Event::QemuDied),
+            (Past::Voted(vote), QemuSeen::Dead | QemuSeen::Superseded) => self.voted(vote, Event::QemuDied),
             (Past::Voted(vote), QemuSeen::Paused) => {
                 let effects = present_vote(&vote);
                 return (State::Voted { vote }, effects);
+            }
+            // It ran, or no later attempt could have been opened: the receipt is still owed, `cont` is not.
+            (Past::Run(vote, prior), QemuSeen::Superseded) => {
+                let receipt = self.receipt(&vote, prior);
+                let effects = vec![Effect::Send(Statement::Running(receipt.clone())), resend_timer()];
+                return (State::Running { receipt }, effects);
             }
             (Past::Run(vote, prior), QemuSeen::Running) => self.runs(&vote, prior),
             (Past::Run(vote, prior), QemuSeen::Paused) => {
@@ -60,11 +66,9 @@ impl Shared {
     }
 
     fn ended(&self, past: Past) -> State {
-        let Attempt { key, permit, .. } = self.attempt;
         let (last, outcome) = match past {
-            Past::Run(vote, state) => {
-                let receipt = RunningReceipt { key, permit, evidence: vote.evidence, state };
-                (Some(Box::new(Statement::Running(receipt))), Outcome::Runs)
+            Past::Run(vote, prior) => {
+                (Some(Box::new(Statement::Running(self.receipt(&vote, prior)))), Outcome::Runs)
             }
             Past::Renounced(_) => (Some(Box::new(self.renunciation())), Outcome::Renounced),
             Past::Unvoted | Past::Voted(_) | Past::Closed(_) => (None, Outcome::Renounced),
