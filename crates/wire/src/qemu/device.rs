@@ -139,31 +139,30 @@ fn declared_end(blob: &[u8], at: usize) -> Option<usize> {
 pub struct DescriptionScanner {
     /// Where scanning goes on.
     next: usize,
-    /// Declared ends that are still ahead: few in honest streams, capped against hostile ones.
-    ends: BTreeSet<usize>,
+    /// Declared ends that are still ahead, and where their text starts: few in honest streams, capped against
+    /// hostile ones.
+    ends: BTreeMap<usize, usize>,
 }
 
 impl DescriptionScanner {
     const MAX_ENDS: usize = 1024;
 
-    /// Looks at what was added to `blob`; true when a description is declared to end at its last byte.
+    /// Looks at what was added to `blob`; true when a description is declared to end at its last byte, and is text.
     pub fn at_end(&mut self, blob: &[u8]) -> bool {
         let whole = blob.len().saturating_sub(DESCRIPTION_HEADER_BYTES);
         while self.next < whole {
-            // A footer comes before the end mark and an opening brace after the length: enough to skip chance hits.
-            let footer_before =
-                self.next >= FOOTER_BYTES && blob.get(self.next - FOOTER_BYTES) == Some(&FOOTER);
-            if footer_before
-                && blob.get(self.next + DESCRIPTION_HEADER_BYTES) == Some(&b'{')
+            // The text has to be a description when its end comes; an opening brace is enough to skip chance hits.
+            if blob.get(self.next + DESCRIPTION_HEADER_BYTES) == Some(&b'{')
                 && let Some(end) = declared_end(blob, self.next)
                 && self.ends.len() < Self::MAX_ENDS
             {
-                self.ends.insert(end);
+                self.ends.insert(end, self.next + DESCRIPTION_HEADER_BYTES);
             }
             self.next += 1;
         }
         self.ends = self.ends.split_off(&blob.len());
-        self.ends.contains(&blob.len())
+        let text = self.ends.get(&blob.len()).and_then(|start| blob.get(*start..));
+        text.is_some_and(|text| json_trouble(text).is_none() && text.ends_with(b"}"))
     }
 }
 

@@ -1,0 +1,132 @@
+//! The permit, as the agent sees it: it trusts its daemon for the clock and the managers' keys, and checks the rest
+//! itself, so that a daemon can't be talked into a channel that the permit does not name.
+
+use engine::inspect::{Inspector, Limits, Unsupported};
+use link::channel::{ChannelConfig, ChannelError, EphemeralKey};
+use permit::{KeyError, KeyRing, PermitRefusal, PermitToken, VerifiedPermit, VerifyingKey};
+use types::handover::Side;
+use types::inventory::Inventory;
+use types::{ErrorCode, MigrationId};
+
+/// What [`types::agent::ToAgent::Hello`] settled.
+#[derive(Debug)]
+pub struct Identity {
+    /// Our side.
+    pub side: Side,
+    /// The migration.
+    pub migration: MigrationId,
+    /// Our single-use key.
+    pub key: EphemeralKey,
+}
+
+/// Everything a session needs to relay under a permit.
+#[derive(Debug)]
+pub struct Armed {
+    /// The permit.
+    pub permit: VerifiedPermit,
+    /// What the permit allows of the stream.
+    pub limits: Limits,
+    /// What the stream must look like.
+    pub inventory: Inventory,
+}
+
+/// Why an agent will not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The permit itself.
+    #[error("{}: {}", .0.code(), .0)]
+    Permit(PermitRefusal),
+    /// A manager's key is none.
+    #[error("the key {key_id:?} of a manager is unusable: {reason}")]
+    ManagerKey {
+        /// Its id.
+        key_id: String,
+        /// Why.
+        reason: KeyError,
+    },
+    /// A manager's key has no usable id.
+    #[error("the key id {key_id:?} of a manager is unusable, or there are too many")]
+    ManagerKeyId {
+        /// Its id.
+        key_id: String,
+    },
+    /// It is for another migration than this agent was started for.
+    #[error("wrong-migration: the permit is for migration {named}, this agent serves {ours}")]
+    WrongMigration {
+        /// In the permit.
+        named: MigrationId,
+        /// Of this agent.
+        ours: MigrationId,
+    },
+    /// It allows what can't be inspected, or the inventory is unusable.
+    #[error("{0}")]
+    Unsupported(Unsupported),
+    /// The other agent's key can't be used.
+    #[error("{0}")]
+    PeerKey(ChannelError),
+}
+
+impl Refusal {
+    /// Its public code.
+    #[must_use]
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::ManagerKey { .. } | Self::ManagerKeyId { .. } => ErrorCode::BadRequest,
+            _ => ErrorCode::PermitRefused,
+        }
+    }
+}
+
+/// Verifies a permit for this agent.
+///
+/// # Errors
+/// Why it is not good for it.
+pub fn arm(
+    identity: &Identity,
+    token_hex: &str,
+    keys: &[(String, String)],
+    now_unix_s: u64,
+    inventory: Inventory,
+) -> Result<Armed, Refusal> {
+    let token = PermitToken::from_hex(token_hex).map_err(Refusal::Permit)?;
+    let ring = key_ring(keys)?;
+    let permit =
+        permit::verify(&token, &ring, now_unix_s, permit::permit::DEFAULT_SKEW_S).map_err(Refusal::Permit)?;
+    permit.expect_agent_key(identity.side, identity.key.spki()).map_err(Refusal::Permit)?;
+    let named = permit.claims().key.migration;
+    if named != identity.migration {
+        return Err(Refusal::WrongMigration { named, ours: identity.migration });
+    }
+    let limits = Limits::of_permit(permit.claims()).map_err(Refusal::Unsupported)?;
+    Inspector::new(&inventory, &limits).map_err(Refusal::Unsupported)?;
+    Ok(Armed { permit, limits, inventory })
+}
+
+fn key_ring(keys: &[(String, String)]) -> Result<KeyRing, Refusal> {
+    let mut ring = KeyRing::new();
+    for (key_id, key) in keys {
+        let key = VerifyingKey::from_hex(key)
+            .map_err(|reason| Refusal::ManagerKey { key_id: key_id.clone(), reason })?;
+        if !ring.insert(key_id, key) {
+            return Err(Refusal::ManagerKeyId { key_id: key_id.clone() });
+        }
+    }
+    Ok(ring)
+}
+
+/// The channel that a permit names, from our side.
+///
+/// # Errors
+/// The other agent's key is unusable.
+pub fn channel_config(
+    identity: &Identity,
+    armed: &Armed,
+    channel: u16,
+) -> Result<ChannelConfig, ChannelError> {
+    let other = match identity.side {
+        Side::Source => Side::Target,
+        Side::Target => Side::Source,
+    };
+    let peer = &armed.permit.claims().part(other).agent_spki;
+    ChannelConfig::new(&identity.key, peer, &armed.permit.digest(), channel)
+}

@@ -1,0 +1,334 @@
+//! The source's half: QEMU's stream out, return path in, and the end of the stream. No I/O.
+//!
+//! ```text
+//! Streaming –last byte→ Flushing –all written→ Guarded –Frozen→ Frozen
+//!     |                    |                      └ 1 s without Frozen: end, QEMU's socket closes, the guest resumes
+//!     └ anything breaks: end ─┘   Frozen: nothing ends it but the daemon
+//! ```
+//! Once the daemon has journalled FROZEN, QEMU's socket stays open whatever happens to the peer: a frozen QEMU that
+//! finds it closed when thawed would resume, and thawing is the daemon's decision (hand-over rules).
+
+use crate::arm::Armed;
+use crate::effect::{Effect, End};
+use crate::log;
+use engine::inspect::{DEFAULT_DEVICE_STATE_BYTES, EndDetector};
+use serde_json::json;
+use std::time::{Duration, Instant};
+use types::agent::{EndedBy, FromAgent};
+use types::handover::{Digest, StreamEvidence};
+use types::{ErrorCode, Nonce};
+use wire::frame::Control;
+use wire::qemu::return_path::{Decoder, Message};
+
+/// Without FROZEN this long after the end of the stream, the guest must run again.
+pub const FREEZE_GUARD: Duration = Duration::from_secs(1);
+/// Round trips while streaming.
+const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// Round trips after the end: the last one before RUNNING is what the downtime is corrected by.
+const PING_INTERVAL_AT_END: Duration = Duration::from_millis(100);
+/// An honest QEMU answers PING 1 once and may announce the switchover once.
+const MAX_RETURN_MESSAGES: u32 = 4;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Streaming,
+    Flushing(StreamEvidence),
+    Guarded { until: Instant },
+    Frozen,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Source {
+    stage: Stage,
+    hasher: blake3::Hasher,
+    stream_bytes: u64,
+    byte_budget: u64,
+    time_budget: Instant,
+    downtime_budget: Duration,
+    /// When the first device state was seen: the guest is stopped since.
+    stopped_since: Option<Instant>,
+    end: EndDetector,
+    end_lost_logged: bool,
+    last_byte: Instant,
+    suspended: bool,
+    peer_suspended: bool,
+    returns: Decoder,
+    return_messages: u32,
+    ping: Pinger,
+}
+
+#[derive(Debug)]
+struct Pinger {
+    number: u64,
+    outstanding: Option<Instant>,
+    next: Instant,
+    round_trip: Duration,
+}
+
+impl Pinger {
+    fn send(&mut self, now: Instant, interval: Duration) -> Effect {
+        self.number += 1;
+        self.outstanding = Some(now);
+        self.next = now + interval;
+        Effect::Frame(Control::Ping(self.number))
+    }
+
+    fn answered(&mut self, number: u64, now: Instant) {
+        if number == self.number
+            && let Some(sent) = self.outstanding.take()
+        {
+            self.round_trip = now.duration_since(sent);
+        }
+    }
+}
+
+impl Source {
+    /// A source that starts to relay at `now`.
+    #[must_use]
+    pub fn new(armed: &Armed, now: Instant) -> Self {
+        let claims = armed.permit.claims();
+        Self {
+            stage: Stage::Streaming,
+            hasher: blake3::Hasher::new(),
+            stream_bytes: 0,
+            byte_budget: claims.byte_budget,
+            time_budget: now + Duration::from_millis(claims.duration_budget_ms.min(MAX_TIME_BUDGET_MS)),
+            downtime_budget: Duration::from_millis(claims.downtime_budget_ms.min(MAX_TIME_BUDGET_MS)),
+            stopped_since: None,
+            end: EndDetector::new(armed.inventory.page_size_bytes, DEFAULT_DEVICE_STATE_BYTES),
+            end_lost_logged: false,
+            last_byte: now,
+            suspended: false,
+            peer_suspended: false,
+            returns: Decoder::default(),
+            return_messages: 0,
+            ping: Pinger { number: 0, outstanding: None, next: now, round_trip: Duration::ZERO },
+        }
+    }
+
+    /// Whether QEMU is to be read.
+    #[must_use]
+    pub fn wants_stream(&self) -> bool {
+        self.stage == Stage::Streaming && !self.suspended && !self.peer_suspended
+    }
+
+    /// Bytes relayed so far.
+    #[must_use]
+    pub fn stream_bytes(&self) -> u64 {
+        self.stream_bytes
+    }
+
+    /// Bytes that QEMU sent and that are about to go out. True when they complete the stream.
+    ///
+    /// # Errors
+    /// The budget is used up; the bytes stay here.
+    pub fn stream(&mut self, bytes: &[u8], now: Instant) -> Result<bool, Effect> {
+        let total = self.stream_bytes.saturating_add(bytes.len() as u64);
+        if total > self.byte_budget {
+            let detail = format!("the stream is longer than the permit's {} bytes", self.byte_budget);
+            return Err(Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded));
+        }
+        self.stream_bytes = total;
+        self.hasher.update(bytes);
+        self.last_byte = now;
+        let ended = self.end.feed(bytes);
+        if ended {
+            self.stage = Stage::Flushing(self.evidence());
+        }
+        if self.stopped_since.is_none() && self.end.in_devices() {
+            self.stopped_since = Some(now);
+        }
+        if let Some(violation) = self.end.lost().filter(|_| !self.end_lost_logged) {
+            self.end_lost_logged = true;
+            log::line(
+                "warning",
+                "unreadable-stream",
+                &[("rule", json!(violation.rule)), ("offset", json!(violation.offset))],
+            );
+        }
+        Ok(ended)
+    }
+
+    fn evidence(&self) -> StreamEvidence {
+        StreamEvidence { stream_bytes: self.stream_bytes, digest: Digest(*self.hasher.finalize().as_bytes()) }
+    }
+
+    /// What follows the last byte of the stream.
+    pub fn end_frames(&mut self, now: Instant) -> Vec<Effect> {
+        let Stage::Flushing(evidence) = self.stage else { return Vec::new() };
+        vec![Effect::Frame(Control::End(evidence)), self.ping.send(now, PING_INTERVAL_AT_END)]
+    }
+
+    /// Everything queued is on the network.
+    pub fn flushed(&mut self, now: Instant) -> Vec<Effect> {
+        let Stage::Flushing(evidence) = self.stage else { return Vec::new() };
+        self.stage = Stage::Guarded { until: now + FREEZE_GUARD };
+        let idle_us = micros(now.duration_since(self.last_byte));
+        vec![Effect::report(FromAgent::EndOfStream { evidence, idle_us })]
+    }
+
+    /// Bytes of the other QEMU's return path: only what pre-copy needs passes. SHUT never does.
+    pub fn return_path(&mut self, bytes: &[u8]) -> Vec<Effect> {
+        let mut messages = Vec::new();
+        if let Err(error) = self.returns.feed(bytes, |message| messages.push(message)) {
+            return vec![Effect::reject(return_finding(&error.to_string()))];
+        }
+        let mut out = Vec::new();
+        for message in messages {
+            self.return_messages += 1;
+            match message {
+                Message::Pong(1) | Message::SwitchoverAcknowledged
+                    if self.return_messages <= MAX_RETURN_MESSAGES =>
+                {
+                    out.extend(message.encode().unwrap_or_default());
+                }
+                // The other agent holds it back too; a compromised one must not end the hand-over early.
+                Message::Shut(_) => log::line("warning", "acknowledgement-withheld", &[]),
+                other => return vec![Effect::reject(return_finding(&format!("{other:?}")))],
+            }
+        }
+        if out.is_empty() { Vec::new() } else { vec![Effect::ToHypervisor(out)] }
+    }
+
+    /// A control frame of the other agent.
+    pub fn control(&mut self, control: Control, now: Instant) -> Vec<Effect> {
+        match control {
+            Control::Ping(number) => vec![Effect::Frame(Control::Pong(number))],
+            Control::Pong(number) => {
+                self.ping.answered(number, now);
+                Vec::new()
+            }
+            Control::Suspended => {
+                self.peer_suspended = true;
+                Vec::new()
+            }
+            Control::Resumed => {
+                self.peer_suspended = false;
+                Vec::new()
+            }
+            Control::Accepted(_) => {
+                log::line("info", "accepted-by-peer", &[]);
+                Vec::new()
+            }
+            Control::Running => {
+                let round_trip_us = micros(self.ping.round_trip);
+                vec![Effect::report(FromAgent::PeerRunning { round_trip_us })]
+            }
+            Control::Abort { code, text } => {
+                self.peer_gone(&format!("the other agent gave up: {code}: {text}"))
+            }
+            Control::End(_) => self.peer_gone("the other agent sent what only a source sends"),
+        }
+    }
+
+    /// The channel is gone.
+    pub fn peer_gone(&mut self, detail: &str) -> Vec<Effect> {
+        if self.stage == Stage::Frozen {
+            log::line("warning", "peer-gone-while-frozen", &[("detail", json!(detail))]);
+            return vec![Effect::DropPeer];
+        }
+        vec![Effect::end(EndedBy::Peer, detail, ErrorCode::ChannelFailed)]
+    }
+
+    /// QEMU closed its socket.
+    pub fn hypervisor_gone(&mut self) -> Vec<Effect> {
+        if self.stage == Stage::Frozen {
+            log::line("info", "hypervisor-gone-while-frozen", &[]);
+            return Vec::new();
+        }
+        let detail = match self.stage {
+            Stage::Streaming => "QEMU closed its socket before the end of the stream",
+            _ => "QEMU closed its socket after the end of the stream, before the freeze",
+        };
+        vec![Effect::end(EndedBy::Hypervisor, detail, ErrorCode::SourceFailed)]
+    }
+
+    /// Holds or releases the stream; the other agent is told.
+    pub fn suspend(&mut self, on: bool) -> Vec<Effect> {
+        self.suspended = on;
+        vec![Effect::Frame(if on { Control::Suspended } else { Control::Resumed })]
+    }
+
+    /// Answers whether anything moved since the end of the stream; `quiet` is what the socket shows right now.
+    pub fn prove(&self, nonce: Nonce, quiet: Result<(), String>) -> Vec<Effect> {
+        let proof = match self.stage {
+            Stage::Streaming | Stage::Flushing(_) => Err("the stream has not ended".to_owned()),
+            Stage::Guarded { .. } | Stage::Frozen => quiet,
+        };
+        vec![Effect::report(match proof {
+            Ok(()) => FromAgent::Proven { nonce },
+            Err(detail) => FromAgent::NotProven { nonce, detail },
+        })]
+    }
+
+    /// FROZEN is journalled. Only a proven end can be: anything else is a defect that must not stop the guard.
+    pub fn frozen(&mut self) {
+        match self.stage {
+            Stage::Guarded { .. } | Stage::Frozen => self.stage = Stage::Frozen,
+            _ => log::line("error", "frozen-before-the-end", &[]),
+        }
+    }
+
+    /// Time passed.
+    pub fn tick(&mut self, now: Instant) -> Vec<Effect> {
+        match self.stage {
+            Stage::Guarded { until } if now >= until => {
+                let report = FromAgent::Ended {
+                    what: EndedBy::FreezeGuard,
+                    detail: "no FROZEN within a second of the end of the stream".to_owned(),
+                    digest: Some(self.evidence().digest),
+                };
+                let abort = (ErrorCode::SourceFailed, "the source was not frozen in time".to_owned());
+                return vec![Effect::End(End { report: Some(Box::new(report)), abort: Some(abort) })];
+            }
+            Stage::Streaming if now >= self.time_budget => {
+                let detail = "the stream takes longer than the permit allows";
+                return vec![Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded)];
+            }
+            Stage::Streaming
+                if self.stopped_since.is_some_and(|since| now >= since + self.downtime_budget) =>
+            {
+                let detail = "the guest is stopped and its stream does not end within the downtime budget";
+                return vec![Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded)];
+            }
+            _ => {}
+        }
+        if now < self.ping.next {
+            return Vec::new();
+        }
+        let interval = if self.stage == Stage::Streaming { PING_INTERVAL } else { PING_INTERVAL_AT_END };
+        vec![self.ping.send(now, interval)]
+    }
+
+    /// When time must be looked at next.
+    #[must_use]
+    pub fn next_tick(&self) -> Instant {
+        match self.stage {
+            Stage::Guarded { until } => until.min(self.ping.next),
+            _ => self.ping.next,
+        }
+    }
+}
+
+/// A day: longer budgets than this are as good as none, and can't overflow the clock.
+pub(crate) const MAX_TIME_BUDGET_MS: u64 = 24 * 3600 * 1000;
+
+pub(crate) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The finding of a return path that breaks its rules.
+pub(crate) fn return_finding(found: &str) -> types::migration::Finding {
+    types::migration::Finding {
+        rule: "INV-P1".to_owned(),
+        threat: "MM-01".to_owned(),
+        severity: types::migration::Severity::Critical,
+        channel: 0,
+        offset: 0,
+        section: "return path".to_owned(),
+        expected: "PONG 1, SWITCHOVER_ACK or SHUT".to_owned(),
+        found: found.chars().take(120).collect(),
+        response: "terminated".to_owned(),
+    }
+}

@@ -1,0 +1,199 @@
+//! Two agents between real QEMU processes.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "../../engine/tests/support/mod.rs"]
+mod streams;
+mod support;
+
+use engine::inspect::learn;
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Instant;
+use support::{PATIENCE, Pair};
+use tempfile::TempDir;
+use types::Nonce;
+use types::agent::{Descriptor, EndedBy, FromAgent, ToAgent};
+
+const MACHINE: &str = "pc";
+const MEMORY_MIB: u32 = 64;
+
+/// A real QEMU, spoken to over its standard streams.
+struct Qemu {
+    process: Child,
+    to: ChildStdin,
+    from: BufReader<ChildStdout>,
+    folder: TempDir,
+}
+
+impl Qemu {
+    /// Nothing when this machine has no QEMU.
+    fn start(incoming: bool) -> Option<Self> {
+        let mut command = Command::new(streams::QEMU);
+        command.args(streams::qemu_args(MACHINE, MEMORY_MIB)).args(["-qmp", "stdio"]);
+        if incoming {
+            command.args(["-incoming", "defer"]);
+        }
+        let mut process =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
+        let (to, from) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
+        let mut qemu = Self { process, to, from, folder: tempfile::tempdir().unwrap() };
+        qemu.command("qmp_capabilities", &Value::Null).unwrap();
+        let capabilities = json!({"capabilities": [{"capability": "return-path", "state": true}]});
+        qemu.command("migrate-set-capabilities", &capabilities).unwrap();
+        Some(qemu)
+    }
+
+    /// The command's value, or the description of its error; an error too when QEMU is gone.
+    fn command(&mut self, name: &str, arguments: &Value) -> Result<Value, String> {
+        self.to.write_all(&wire::qmp::command(name, arguments, 1)).map_err(|e| e.to_string())?;
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            if self.from.read_until(b'\n', &mut line).map_err(|e| e.to_string())? == 0 {
+                return Err("QEMU is gone".to_owned());
+            }
+            match wire::qmp::Message::parse(&line).unwrap() {
+                wire::qmp::Message::Return { value, .. } => return Ok(value),
+                wire::qmp::Message::Error { description, .. } => return Err(description),
+                _ => {}
+            }
+        }
+    }
+
+    fn migration_status(&mut self) -> String {
+        match self.command("query-migrate", &Value::Null) {
+            Ok(value) => value["status"].as_str().unwrap_or("none").to_owned(),
+            Err(gone) => gone,
+        }
+    }
+
+    fn wait_for_status(&mut self, wanted: &[&str]) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.migration_status();
+            if wanted.contains(&status.as_str()) {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "QEMU's migration stayed {status:?}, wanted {wanted:?}");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
+    fn run_state(&mut self) -> String {
+        self.command("query-status", &Value::Null).unwrap()["status"].as_str().unwrap().to_owned()
+    }
+
+    fn socket_path(&self) -> PathBuf {
+        self.folder.path().join("migration")
+    }
+
+    /// The socket on which this QEMU takes a stream.
+    fn receive(&mut self) -> UnixStream {
+        let uri = format!("unix:{}", self.socket_path().display());
+        self.command("migrate-incoming", &json!({"uri": uri, "exit-on-error": false})).unwrap();
+        UnixStream::connect(self.socket_path()).unwrap()
+    }
+
+    /// The socket on which this QEMU sends its stream.
+    fn send(&mut self) -> UnixStream {
+        let listener = UnixListener::bind(self.socket_path()).unwrap();
+        let uri = format!("unix:{}", self.socket_path().display());
+        self.command("migrate", &json!({"uri": uri})).unwrap();
+        listener.accept().unwrap().0
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _may_have_ended = self.process.kill();
+        let _status = self.process.wait();
+    }
+}
+
+/// The recorded stream and a QEMU that could take it; nothing, said aloud, without QEMU.
+fn prepared() -> Option<(Vec<u8>, Qemu)> {
+    let pair =
+        streams::record(MACHINE, MEMORY_MIB).map(|s| streams::with_return_path(&s)).zip(Qemu::start(true));
+    if pair.is_none() {
+        println!("skipped: no {} on this machine", streams::QEMU);
+    }
+    pair
+}
+
+#[test]
+fn a_real_qemu_loads_what_was_recorded_and_its_acknowledgement_is_held() {
+    let Some((stream, mut qemu)) = prepared() else { return };
+    let inventory = learn(&stream, "qemu/test").unwrap();
+    let mut pair = Pair::connect(&inventory, |_| {});
+    pair.target.attach(Descriptor::Hypervisor, qemu.receive());
+    pair.attach_fake_source();
+    pair.write(&stream).join().unwrap();
+    pair.target.wait(|m| matches!(m, FromAgent::Accepted { .. }));
+    pair.target.wait(|m| matches!(m, FromAgent::AcknowledgementHeld { status: 0 }));
+    assert_eq!(qemu.wait_for_status(&["completed", "failed"]), "completed");
+    // The recorded VM had never run; one that had would be paused.
+    assert_eq!(qemu.run_state(), "prelaunch");
+}
+
+/// The whole way between two real QEMUs, up to the point where the source would be destroyed.
+#[test]
+fn a_vm_moves_between_two_real_qemus() {
+    let Some((recorded, mut to)) = prepared() else { return };
+    let inventory = learn(&recorded, "qemu/test").unwrap();
+    let mut from = Qemu::start(false).unwrap();
+    from.command("cont", &Value::Null).unwrap();
+    let mut pair = Pair::connect(&inventory, |_| {});
+    pair.target.attach(Descriptor::Hypervisor, to.receive());
+    pair.source.attach(Descriptor::Hypervisor, from.send());
+    let left = match pair.source.wait(|m| matches!(m, FromAgent::EndOfStream { .. })) {
+        FromAgent::EndOfStream { evidence, .. } => evidence,
+        _ => unreachable!("waited for it"),
+    };
+    let nonce = Nonce::from_bytes([3; 16]);
+    pair.source.send(&ToAgent::Prove { nonce });
+    let proof = pair.source.wait(|m| matches!(m, FromAgent::Proven { .. } | FromAgent::NotProven { .. }));
+    assert_eq!(proof, FromAgent::Proven { nonce });
+    pair.source.send(&ToAgent::Frozen);
+    let accepted = pair.target.wait(|m| matches!(m, FromAgent::Accepted { .. }));
+    assert!(matches!(accepted, FromAgent::Accepted { evidence, .. } if evidence == left), "{accepted:?}");
+    pair.target.wait(|m| matches!(m, FromAgent::AcknowledgementHeld { status: 0 }));
+    assert_eq!(to.wait_for_status(&["completed", "failed"]), "completed");
+    assert_eq!(to.run_state(), "paused");
+    to.command("cont", &Value::Null).unwrap();
+    assert_eq!(to.run_state(), "running");
+    pair.target.send(&ToAgent::AnnounceRunning);
+    pair.source.wait(|m| matches!(m, FromAgent::PeerRunning { .. }));
+    // Without its acknowledgement the source's QEMU has not completed: it still waits.
+    assert_eq!(from.migration_status(), "device");
+}
+
+/// What stock QEMU would accept, or crash on, never gets to it.
+#[test]
+fn no_mutation_is_loaded_by_a_real_qemu() {
+    let Some((stream, _)) = prepared() else { return };
+    let inventory = learn(&stream, "qemu/test").unwrap();
+    let rows =
+        ["2", "8", "9", "10", "16", "17", "18", "18 in a part", "45", "46", "6", "14", "28", "36", "37"];
+    let mut seen = 0;
+    for mutation in streams::mutations(&stream).into_iter().filter(|m| rows.contains(&m.row)) {
+        let mut qemu = Qemu::start(true).unwrap();
+        let mut pair = Pair::connect(&inventory, |_| {});
+        pair.target.attach(Descriptor::Hypervisor, qemu.receive());
+        pair.attach_fake_source();
+        let writer = pair.write(&mutation.bytes);
+        let rejected = pair.target.wait(|m| matches!(m, FromAgent::Rejected { .. }));
+        let FromAgent::Rejected { finding } = rejected else { unreachable!("waited for it") };
+        assert_eq!(finding.rule, mutation.rule, "row {}", mutation.row);
+        pair.source.wait(|m| matches!(m, FromAgent::Ended { what: EndedBy::Peer, .. }));
+        writer.join().unwrap();
+        let status =
+            qemu.wait_for_status(&["completed", "failed", "QEMU is gone", "Broken pipe (os error 32)"]);
+        assert_ne!(status, "completed", "row {} was loaded", mutation.row);
+        seen += 1;
+    }
+    assert_eq!(seen, rows.len());
+}
