@@ -346,6 +346,8 @@ pub(crate) enum MigrationCommand {
     Resume(OneMigration),
     /// End a migration: both sides are cleaned up, the guest runs on at the source
     Terminate(OneMigration),
+    /// Give your word that a side's host is dead, where no rule can decide (break-glass, audited)
+    Resolve(ResolveMigration),
 }
 
 #[derive(Debug, Args)]
@@ -365,6 +367,26 @@ pub(crate) struct ListMigrations {
 pub(crate) struct OneMigration {
     /// The migration
     pub(crate) id: String,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+const RESOLVE: &str = "\
+The word of an operator replaces proof: if the host that is called dead runs the VM after all, the VM runs twice. Cut
+its power first.";
+
+#[derive(Debug, Args)]
+#[command(after_help = RESOLVE)]
+#[group(id = "fenced", required = true, multiple = false, args = ["target_fenced", "source_fenced"])]
+pub(crate) struct ResolveMigration {
+    /// The migration
+    pub(crate) id: String,
+    /// The target's host is dead and stays so
+    #[arg(long)]
+    pub(crate) target_fenced: bool,
+    /// The source's host is dead and stays so
+    #[arg(long)]
+    pub(crate) source_fenced: bool,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }

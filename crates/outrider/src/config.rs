@@ -37,6 +37,16 @@ pub(crate) enum ConfigError {
         /// Which example file documents the keys.
         example: &'static str,
     },
+    /// A flag or an environment variable has a bad value.
+    #[error("{setting} {value:?} cannot be used: {reason}")]
+    Setting {
+        /// The flag.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong.
+        reason: String,
+    },
 }
 
 impl ConfigError {
@@ -44,7 +54,7 @@ impl ConfigError {
     pub(crate) fn hint(&self) -> Option<String> {
         match self {
             Self::Malformed { example, .. } => Some(format!("packaging/{example} documents every key")),
-            Self::Read { .. } | Self::TooLarge { .. } => None,
+            Self::Read { .. } | Self::TooLarge { .. } | Self::Setting { .. } => None,
         }
     }
 }

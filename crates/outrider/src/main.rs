@@ -7,7 +7,6 @@
 mod args;
 mod client;
 mod commands;
-#[cfg_attr(not(test), expect(dead_code, reason = "the daemons are wired in the next step"))]
 mod config;
 mod doctor;
 mod error;

@@ -3,6 +3,7 @@
 
 use crate::client::{Client, ClientError, EventStream};
 use crate::output::progress::Progress;
+use api::http::MigrationEvent;
 use std::time::{Duration, Instant};
 use types::MigrationId;
 use types::migration::{MigrationState, MigrationView};
@@ -66,15 +67,14 @@ async fn wait_for_news(events: &mut Option<EventStream>, progress: &mut Progress
         tokio::select! {
             () = &mut look_again => return,
             event = stream.next() => match event {
-                Ok(Some(event)) => {
-                    let event: Option<api::http::MigrationEvent> = serde_json::from_str(&event.data).ok();
-                    match event {
-                        Some(event) if event.kind == "progress" => {
-                            progress.counters(&event.detail, Instant::now());
-                        }
-                        _ => return tokio::time::sleep(SETTLE).await,
+                Ok(Some(event)) => match serde_json::from_str::<MigrationEvent>(&event.data) {
+                    Ok(event) if event.kind == "progress" => progress.counters(&event.detail, Instant::now()),
+                    // The stream begins with what happened already: one look serves all of it.
+                    _ => {
+                        let soon = (tokio::time::Instant::now() + SETTLE).min(look_again.deadline());
+                        look_again.as_mut().reset(soon);
                     }
-                }
+                },
                 Ok(None) | Err(_) => *events = None,
             }
         }

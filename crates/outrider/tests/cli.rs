@@ -351,6 +351,39 @@ fn a_migration_is_found_by_prefix_and_by_vm() {
 }
 
 #[test]
+fn the_audit_list_shows_the_end_of_a_log_of_many_pages() {
+    let manager = FakeManager::start(|asked, _| {
+        let number = |key: &str| -> u64 {
+            let rest = asked.line.split(&format!("{key}=")).nth(1).unwrap();
+            rest.split('&').next().unwrap().parse().unwrap()
+        };
+        let (after, limit) = (number("after"), number("limit"));
+        let entry = |sequence| {
+            json!({"sequence": sequence, "at": "2026-11-23T14:02:11Z", "actor": "a", "action": "b", "subject": "c",
+                "detail": null, "hash": "ab"})
+        };
+        Reply::ok(Value::from((after + 1..=(after + limit).min(12_000)).map(entry).collect::<Vec<_>>()))
+    });
+    let ended = run(manager.outrider(), &["audit", "list", "--limit", "3", "--output", "json"]);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    let sequences: Vec<_> = ended.json().as_array().unwrap().iter().map(|e| e["sequence"].clone()).collect();
+    assert_eq!(sequences, [11_998, 11_999, 12_000]);
+}
+
+#[test]
+fn a_side_is_called_dead_only_in_so_many_words() {
+    let manager = one_migration(migration("needs-operator"));
+    let ended = run(manager.outrider(), &["migration", "resolve", ID]);
+    assert_eq!((ended.code, manager.asked().len()), (2, 0), "{}", ended.stderr);
+    let both = run(manager.outrider(), &["migration", "resolve", ID, "--target-fenced", "--source-fenced"]);
+    assert_eq!((both.code, manager.asked().len()), (2, 0), "{}", both.stderr);
+    run(manager.outrider(), &["migration", "resolve", ID, "--target-fenced"]);
+    let asked = &manager.asked()[0];
+    assert_eq!(asked.line, format!("POST /v1/migrations/{ID}/resolve"));
+    assert_eq!(asked.body, r#"{"fenced":"target"}"#);
+}
+
+#[test]
 fn a_broken_audit_log_is_exit_code_1() {
     for (verified, exit) in [(true, 0), (false, 1)] {
         let manager = FakeManager::start(move |_, _| {

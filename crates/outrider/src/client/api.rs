@@ -1,12 +1,15 @@
 //! The requests of `/v1`, typed. Names and ids in paths are validated types: they need no escaping.
 
-use super::{Client, ClientError, EventStream};
+use super::{Client, ClientError, EventStream, REQUEST_LIMIT, VM_LIMIT};
 use api::http::{AuditEntry, AuditVerified, HostAdded, HostView, Migrate, MigrateAccepted, StartVm, VmView};
-use serde_json::Value;
+use std::collections::VecDeque;
 use types::host::HostSpec;
 use types::migration::MigrationView;
 use types::vm::VmSpec;
-use types::{HostName, MigrationId, Name};
+use types::{HostName, MigrationId, Name, Side};
+
+/// Audit entries asked for at a time.
+const AUDIT_PAGE: usize = 5_000;
 
 /// What an operator may tell a running migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +46,7 @@ impl Client {
 
     /// Enrols a host.
     pub(crate) async fn add_host(&self, spec: &HostSpec) -> Result<HostAdded, ClientError> {
-        self.post("/v1/hosts", spec).await
+        self.post("/v1/hosts", spec, REQUEST_LIMIT).await
     }
 
     /// Every VM.
@@ -58,22 +61,22 @@ impl Client {
 
     /// Records a VM.
     pub(crate) async fn define_vm(&self, spec: &VmSpec) -> Result<VmView, ClientError> {
-        self.post("/v1/vms", spec).await
+        self.post("/v1/vms", spec, REQUEST_LIMIT).await
     }
 
     /// Starts a VM.
     pub(crate) async fn start_vm(&self, name: &Name, host: &HostName) -> Result<VmView, ClientError> {
-        self.post(&format!("/v1/vms/{name}/start"), &StartVm { host: host.clone() }).await
+        self.post(&format!("/v1/vms/{name}/start"), &StartVm { host: host.clone() }, VM_LIMIT).await
     }
 
     /// Stops a VM.
     pub(crate) async fn stop_vm(&self, name: &Name) -> Result<VmView, ClientError> {
-        self.post_empty(&format!("/v1/vms/{name}/stop")).await
+        self.post_empty(&format!("/v1/vms/{name}/stop"), VM_LIMIT).await
     }
 
     /// Asks for a migration.
     pub(crate) async fn migrate(&self, intent: &Migrate) -> Result<MigrateAccepted, ClientError> {
-        self.post("/v1/migrations", intent).await
+        self.post("/v1/migrations", intent, REQUEST_LIMIT).await
     }
 
     /// Every migration that the manager remembers.
@@ -92,8 +95,14 @@ impl Client {
     }
 
     /// Suspends, resumes or terminates.
-    pub(crate) async fn order(&self, id: MigrationId, order: Order) -> Result<Value, ClientError> {
-        self.post_empty(&format!("/v1/migrations/{id}/{}", order.as_str())).await
+    pub(crate) async fn order(&self, id: MigrationId, order: Order) -> Result<MigrationView, ClientError> {
+        self.post_empty(&format!("/v1/migrations/{id}/{}", order.as_str()), REQUEST_LIMIT).await
+    }
+
+    /// An operator's word that the host on this side is dead and fenced.
+    pub(crate) async fn resolve(&self, id: MigrationId, fenced: Side) -> Result<MigrationView, ClientError> {
+        let word = serde_json::json!({ "fenced": fenced });
+        self.post(&format!("/v1/migrations/{id}/resolve"), &word, REQUEST_LIMIT).await
     }
 
     /// Verifies the audit log.
@@ -101,8 +110,23 @@ impl Client {
         self.get("/v1/audit/verify").await
     }
 
-    /// The audit log.
-    pub(crate) async fn audit(&self) -> Result<Vec<AuditEntry>, ClientError> {
-        self.get("/v1/audit").await
+    /// The last `limit` entries of the audit log, oldest first. The log is read page by page, and only as much is
+    /// kept as is wanted.
+    pub(crate) async fn audit(&self, limit: usize) -> Result<Vec<AuditEntry>, ClientError> {
+        let mut last = VecDeque::new();
+        let mut after = 0;
+        loop {
+            let path = format!("/v1/audit?after={after}&limit={AUDIT_PAGE}");
+            let page: Vec<AuditEntry> = self.get(&path).await?;
+            let Some(end) = page.last().map(|e| e.sequence).filter(|end| *end > after) else { break };
+            let is_last = page.len() < AUDIT_PAGE;
+            last.extend(page);
+            last.drain(..last.len().saturating_sub(limit));
+            if is_last {
+                break;
+            }
+            after = end;
+        }
+        Ok(last.into())
     }
 }

@@ -60,7 +60,7 @@ impl Client {
 
     /// `GET`, answered with a JSON document.
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        self.ask(Method::GET, path, Bytes::new()).await
+        self.ask(Method::GET, path, Bytes::new(), REQUEST_LIMIT).await
     }
 
     /// `POST` of a JSON document, answered with one.
@@ -68,17 +68,22 @@ impl Client {
         &self,
         path: &str,
         body: &(impl Serialize + Sync),
+        limit: Duration,
     ) -> Result<T, ClientError> {
         let body = serde_json::to_vec(body).map_err(|error| ClientError::BadAnswer {
             request: format!("POST {path}"),
             reason: format!("the request does not serialise: {error}"),
         })?;
-        self.ask(Method::POST, path, body.into()).await
+        self.ask(Method::POST, path, body.into(), limit).await
     }
 
     /// `POST` without a body.
-    pub(super) async fn post_empty<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        self.ask(Method::POST, path, Bytes::new()).await
+    pub(super) async fn post_empty<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        limit: Duration,
+    ) -> Result<T, ClientError> {
+        self.ask(Method::POST, path, Bytes::new(), limit).await
     }
 
     /// `/healthz` or `/readyz`.
@@ -118,9 +123,10 @@ impl Client {
         method: Method,
         path: &str,
         body: Bytes,
+        limit: Duration,
     ) -> Result<T, ClientError> {
         let request = format!("{method} {path}");
-        let (status, answer) = within(REQUEST_LIMIT, "answer", &self.endpoint.url, async {
+        let (status, answer) = within(limit, "answer", &self.endpoint.url, async {
             let response = self.send(method, path, body, "application/json").await?;
             Ok((response.status(), self.body(response).await?))
         })

@@ -18,6 +18,8 @@ use types::{ErrorCode, Problem};
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// One request with its whole answer; watch streams have no such limit.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// A VM that starts or stops: QEMU, its memory, the digests of its files; the manager itself gives it 60 s.
+const VM_LIMIT: Duration = Duration::from_secs(70);
 /// Most bytes of an answer: ten thousand hosts fit.
 const MAX_ANSWER_BYTES: usize = 32 << 20;
 

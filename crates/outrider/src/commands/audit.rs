@@ -19,10 +19,7 @@ async fn verify(args: VerifyAudit, format: Format) -> Outcome {
 }
 
 async fn list(args: ListAudit, format: Format) -> Outcome {
-    let mut entries = Client::new(&args.connection)?.audit().await?;
-    entries.sort_by_key(|e| e.sequence);
-    let skipped = entries.len().saturating_sub(args.limit);
-    entries.drain(..skipped);
+    let entries = Client::new(&args.connection)?.audit(args.limit).await?;
     output::print(format, &entries, |entries, width| lists::audit(entries, width));
     Ok(DONE)
 }

@@ -6,7 +6,8 @@ use crate::client::{Client, Order};
 use crate::error::Error;
 use crate::migration_ref::{VmMeans, resolve};
 use crate::output::{self, lists, report};
-use types::MigrationId;
+use types::migration::MigrationView;
+use types::{MigrationId, Side};
 
 pub(super) async fn run(command: MigrationCommand, format: Format) -> Outcome {
     match command {
@@ -22,6 +23,11 @@ pub(super) async fn run(command: MigrationCommand, format: Format) -> Outcome {
         MigrationCommand::Suspend(args) => order(&args, Order::Suspend, format).await,
         MigrationCommand::Resume(args) => order(&args, Order::Resume, format).await,
         MigrationCommand::Terminate(args) => order(&args, Order::Terminate, format).await,
+        MigrationCommand::Resolve(args) => {
+            let (client, id) = find(&args.connection, &args.id, VmMeans::Open).await?;
+            let fenced = if args.target_fenced { Side::Target } else { Side::Source };
+            shown(&client.resolve(id, fenced).await?, format)
+        }
     }
 }
 
@@ -34,16 +40,18 @@ async fn list(args: ListMigrations, format: Format) -> Outcome {
 }
 
 async fn show(client: &Client, id: MigrationId, format: Format) -> Outcome {
-    let view = client.migration(id).await?;
-    output::print(format, &view, |view, width| report::render(view, now(), width));
+    shown(&client.migration(id).await?, format)
+}
+
+fn shown(view: &MigrationView, format: Format) -> Outcome {
+    output::print(format, view, |view, width| report::render(view, now(), width));
     Ok(DONE)
 }
 
-/// Gives the order, then shows what became of it.
+/// Gives the order; the answer shows what became of it.
 async fn order(args: &OneMigration, order: Order, format: Format) -> Outcome {
     let (client, id) = find(&args.connection, &args.id, VmMeans::Open).await?;
-    client.order(id, order).await?;
-    show(&client, id, format).await
+    shown(&client.order(id, order).await?, format)
 }
 
 /// A whole id needs no look-up.

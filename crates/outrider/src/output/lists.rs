@@ -242,7 +242,7 @@ mod tests {
         let spec = json!({"uuid": "6f1e2d3c-0000-4000-8000-000000000001", "name": "web-1", "vcpus": 1,
             "memory_bytes": 268_435_456, "nics": [{"mac": "52:54:00:83:00:50", "bridge": "br-guest"}]});
         serde_json::from_value(json!({"spec": spec, "spec_digest": "9f".repeat(32), "state": "migrating",
-            "host": "host-a", "epoch": 3, "migration": types::MigrationId::from_bytes([0x6c; 16]),
+            "host": "host-a", "epoch": 3, "migration": MigrationId::from_bytes([0x6c; 16]),
             "inventory": null}))
         .unwrap()
     }
