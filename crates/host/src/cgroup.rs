@@ -117,6 +117,21 @@ impl Group {
         Ok(())
     }
 
+    /// The groups below it, in any hierarchy.
+    #[must_use]
+    pub fn children(&self) -> Vec<Self> {
+        let mut names: Vec<_> = self
+            .folders()
+            .iter()
+            .filter_map(|folder| fs::read_dir(folder).ok())
+            .flat_map(|all| all.flatten().filter(|e| e.path().is_dir()).collect::<Vec<_>>())
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        names.sort();
+        names.dedup();
+        names.iter().map(|name| self.child(name)).collect()
+    }
+
     /// The files into which a process writes its id to join.
     #[must_use]
     pub fn procs_files(&self) -> Vec<PathBuf> {

@@ -6,24 +6,28 @@
 //! nonce): the journal is refused, and with it every act that needs it.
 //!
 //! ```text
-//! record = "ORJ1" length:u32 check:8 payload hash:32 signature:64        (big endian)
-//!   check = first bytes of a hash over the previous record's hash and the length: a damaged length can't make
+//! record = "ORJ1" payload length:u32 seal length:u32 check:8 payload seal        (big endian)
+//!   check = first bytes of a hash over the previous record's hash and the lengths: a damaged length can't make
 //!           what follows look like a torn tail
-//!   hash  = link(previous hash, sequence, payload); the signature covers the hash
+//!   seal  = document signed by this host's key over (sequence, chain hash of the payload)
 //! first record = {journal id, key}
 //! ```
 
 use engine::handover::journal::Entry;
+use permit::document::{self, DocumentKind};
+use permit::{SigningKey, chain};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use types::{Digest, Nonce};
 
 const MAGIC: [u8; 4] = *b"ORJ1";
-const HEAD_BYTES: usize = 16;
-const SEAL_BYTES: usize = 32 + 64;
+const HEAD_BYTES: usize = 20;
+/// A seal takes about 200 bytes.
+const SEAL_BYTES_MAX: usize = 1024;
 /// Entries are about a KiB; a proof holds a token of at most 4.
 const PAYLOAD_BYTES_MAX: usize = 64 * 1024;
 /// About a million entries: far beyond what a host writes, and a bound on what a start reads.
@@ -77,21 +81,11 @@ pub enum JournalError {
     },
 }
 
-/// Signs and verifies records.
-pub trait Seal: Send {
-    /// Signature over a record's hash.
-    fn sign(&self, hash: &Digest) -> [u8; 64];
-    /// Whether it is this host's.
-    fn verifies(&self, hash: &Digest, signature: &[u8; 64]) -> bool;
-    /// The public key, hexadecimal.
-    fn key(&self) -> String;
-}
-
 /// The open journal.
 pub struct Journal {
     file: File,
     path: PathBuf,
-    seal: Box<dyn Seal>,
+    key: Arc<SigningKey>,
     id: Nonce,
     sequence: u64,
     head: Digest,
@@ -123,7 +117,7 @@ impl Journal {
     ///
     /// # Errors
     /// See [`JournalError`].
-    pub fn open(path: &Path, seal: Box<dyn Seal>, fresh: Nonce) -> Result<(Self, Vec<Entry>), JournalError> {
+    pub fn open(path: &Path, key: Arc<SigningKey>, fresh: Nonce) -> Result<(Self, Vec<Entry>), JournalError> {
         let failed =
             |operation| move |source| JournalError::Open { operation, path: path.to_owned(), source };
         let mut file = OpenOptions::new()
@@ -140,11 +134,11 @@ impl Journal {
         }
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(failed("read"))?;
-        let scan = Scan::of(&bytes, path, seal.as_ref())?;
+        let scan = Scan::of(&bytes, path, &key)?;
         let mut journal = Self {
             file,
             path: path.to_owned(),
-            seal,
+            key,
             id: fresh,
             sequence: scan.sequence,
             head: scan.head,
@@ -177,7 +171,7 @@ impl Journal {
     }
 
     fn create(&mut self) -> std::io::Result<()> {
-        let record = Record::Created { journal: self.id, key: self.seal.key() };
+        let record = Record::Created { journal: self.id, key: self.key.verifying_key().to_hex() };
         self.append_record(&record).map_err(std::io::Error::other)?;
         let folder = self.path.parent().unwrap_or(Path::new("/"));
         File::open(folder)?.sync_all()
@@ -188,8 +182,10 @@ impl Journal {
             return Err(JournalError::Poisoned { path: self.path.clone(), detail: detail.clone() });
         }
         let payload = serde_json::to_vec(record).map_err(|e| self.refused(e.into()))?;
-        let hash = link(&self.head, self.sequence, &payload);
-        let bytes = frame(&self.head, &payload, &hash, &self.seal.sign(&hash))
+        let hash = chain::append(&self.head, self.sequence, &payload);
+        let seal = document::sign(&self.key, DocumentKind::JournalEntry, &(self.sequence, hash))
+            .map_err(|e| self.refused(std::io::Error::other(e.to_string())))?;
+        let bytes = frame(&self.head, &payload, &seal)
             .ok_or_else(|| self.refused(std::io::Error::other("the entry is too long")))?;
         if let Err(source) = self.file.write_all(&bytes) {
             // Most likely a full disk: what was written of it is cut again, and a later append may succeed.
@@ -220,24 +216,21 @@ impl Journal {
     }
 }
 
-fn link(previous: &Digest, sequence: u64, payload: &[u8]) -> Digest {
-    let mut hasher = blake3::Hasher::new_derive_key("outrider 2026 host journal record");
-    hasher.update(&previous.0).update(&sequence.to_be_bytes()).update(payload);
-    Digest(*hasher.finalize().as_bytes())
-}
-
-fn check(previous: &Digest, length: [u8; 4]) -> [u8; 8] {
-    let mut hasher = blake3::Hasher::new_derive_key("outrider 2026 host journal length");
-    hasher.update(&previous.0).update(&length);
+fn check(previous: &Digest, lengths: &[u8]) -> [u8; 8] {
+    let mut hasher = blake3::Hasher::new_derive_key("outrider 2026 host journal lengths");
+    hasher.update(&previous.0).update(lengths);
     let mut check = [0; 8];
     check.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
     check
 }
 
-fn frame(previous: &Digest, payload: &[u8], hash: &Digest, signature: &[u8; 64]) -> Option<Vec<u8>> {
-    let length =
-        u32::try_from(payload.len()).ok().filter(|_| payload.len() <= PAYLOAD_BYTES_MAX)?.to_be_bytes();
-    Some([&MAGIC[..], &length, &check(previous, length), payload, &hash.0, signature].concat())
+fn frame(previous: &Digest, payload: &[u8], seal: &[u8]) -> Option<Vec<u8>> {
+    if payload.len() > PAYLOAD_BYTES_MAX || seal.len() > SEAL_BYTES_MAX {
+        return None;
+    }
+    let length = |part: &[u8]| u32::try_from(part.len()).ok().map(u32::to_be_bytes);
+    let lengths = [length(payload)?, length(seal)?].concat();
+    Some([&MAGIC[..], &lengths, &check(previous, &lengths), payload, seal].concat())
 }
 
 /// What a whole file holds.
@@ -257,11 +250,11 @@ enum Next {
 }
 
 impl Scan {
-    fn of(bytes: &[u8], path: &Path, seal: &dyn Seal) -> Result<Self, JournalError> {
+    fn of(bytes: &[u8], path: &Path, key: &SigningKey) -> Result<Self, JournalError> {
         let mut scan = Self { id: None, entries: Vec::new(), sequence: 0, head: Digest([0; 32]), end: 0 };
         let mut at = 0;
         while at < bytes.len() {
-            match next(&bytes[at..], &scan.head, scan.sequence, seal) {
+            match next(&bytes[at..], &scan.head, scan.sequence, key) {
                 Next::Record(record, hash, length) => {
                     scan.take(record);
                     scan.head = hash;
@@ -287,41 +280,30 @@ impl Scan {
     }
 }
 
-fn next(bytes: &[u8], previous: &Digest, sequence: u64, seal: &dyn Seal) -> Next {
-    let torn_or = |detail: &str| {
-        // A crash leaves a short record, or zeros where the file grew before its data came.
-        if bytes.len() < HEAD_BYTES || zero_tail(bytes) {
-            Next::Torn
-        } else {
-            Next::Damaged(detail.to_owned())
-        }
-    };
-    let Some((head, rest)) = bytes.split_first_chunk::<HEAD_BYTES>() else { return torn_or("short") };
-    let length_bytes = [head[4], head[5], head[6], head[7]];
-    let length = u32::from_be_bytes(length_bytes) as usize;
-    if head[..4] != MAGIC || head[8..] != check(previous, length_bytes) || length > PAYLOAD_BYTES_MAX {
+fn next(bytes: &[u8], previous: &Digest, sequence: u64, key: &SigningKey) -> Next {
+    // A crash leaves a short record, or zeros where the file grew before its data came.
+    let torn_or = |detail: &str| if zero_tail(bytes) { Next::Torn } else { Next::Damaged(detail.to_owned()) };
+    let Some((head, rest)) = bytes.split_first_chunk::<HEAD_BYTES>() else { return Next::Torn };
+    let (magic, head) = head.split_at(4);
+    let (lengths, found) = head.split_at(8);
+    let length =
+        |at: usize| u32::from_be_bytes([lengths[at], lengths[at + 1], lengths[at + 2], lengths[at + 3]]);
+    let (payload_bytes, seal_bytes) = (length(0) as usize, length(4) as usize);
+    let bounded = payload_bytes <= PAYLOAD_BYTES_MAX && seal_bytes <= SEAL_BYTES_MAX;
+    if magic != MAGIC || found != check(previous, lengths) || !bounded {
         return torn_or("no record starts here");
     }
-    let Some(body) = rest.get(..length + SEAL_BYTES) else { return Next::Torn };
-    let (payload, tail) = body.split_at(length);
-    let hash = link(previous, sequence, payload);
-    if tail[..32] != hash.0 {
-        // Whole, but not what was sealed: torn only if this is the last record and its end was never written.
-        let last = rest.len() == length + SEAL_BYTES;
-        return if last && zero_tail(body) {
-            Next::Torn
+    let Some(body) = rest.get(..payload_bytes + seal_bytes) else { return Next::Torn };
+    let (payload, seal) = body.split_at(payload_bytes);
+    let hash = chain::append(previous, sequence, payload);
+    let sealed = document::verify::<(u64, Digest)>(seal, DocumentKind::JournalEntry, key.verifying_key());
+    if sealed != Ok((sequence, hash)) {
+        // Whole, but not what this host sealed: torn only if it is the last and its end was never written.
+        let last = rest.len() == body.len();
+        return if last {
+            torn_or("its seal is not this host's")
         } else {
-            Next::Damaged("its hash differs".to_owned())
-        };
-    }
-    let mut signature = [0; 64];
-    signature.copy_from_slice(&tail[32..]);
-    if !seal.verifies(&hash, &signature) {
-        let last = rest.len() == length + SEAL_BYTES;
-        return if last && zero_tail(body) {
-            Next::Torn
-        } else {
-            Next::Damaged("it is not signed by this host's key".to_owned())
+            damaged("its seal is not this host's")
         };
     }
     let record: Record = match serde_json::from_slice(payload) {
@@ -329,9 +311,13 @@ fn next(bytes: &[u8], previous: &Digest, sequence: u64, seal: &dyn Seal) -> Next
         Err(e) => return Next::Damaged(format!("it cannot be understood by this version: {e}")),
     };
     if matches!(record, Record::Created { .. }) != (sequence == 0) {
-        return Next::Damaged("its place in the chain is wrong".to_owned());
+        return damaged("its place in the chain is wrong");
     }
-    Next::Record(record, hash, HEAD_BYTES + length + SEAL_BYTES)
+    Next::Record(record, hash, HEAD_BYTES + body.len())
+}
+
+fn damaged(detail: &str) -> Next {
+    Next::Damaged(detail.to_owned())
 }
 
 /// Whether the bytes end in zeros as an unwritten page does: eight of them never end a signature by chance.
@@ -347,21 +333,10 @@ mod tests {
     use types::handover::HandoverKey;
     use types::{Epoch, MigrationId, VmId};
 
-    /// Not a signature: the tests are about the file.
-    struct Fake(u8);
-
-    impl Seal for Fake {
-        fn sign(&self, hash: &Digest) -> [u8; 64] {
-            let mut signature = [self.0; 64];
-            signature[..32].copy_from_slice(&hash.0);
-            signature
-        }
-        fn verifies(&self, hash: &Digest, signature: &[u8; 64]) -> bool {
-            self.sign(hash) == *signature
-        }
-        fn key(&self) -> String {
-            self.0.to_string()
-        }
+    fn key(seed: usize) -> Arc<SigningKey> {
+        static KEYS: std::sync::OnceLock<Vec<Arc<SigningKey>>> = std::sync::OnceLock::new();
+        let make = || (0..2).map(|_| Arc::new(SigningKey::generate().unwrap())).collect();
+        KEYS.get_or_init(make)[seed].clone()
     }
 
     fn entry(n: u8) -> Entry {
@@ -375,7 +350,7 @@ mod tests {
     }
 
     fn open(path: &Path, fresh: u8) -> Result<(Journal, Vec<Entry>), JournalError> {
-        Journal::open(path, Box::new(Fake(7)), Nonce::from_bytes([fresh; 16]))
+        Journal::open(path, key(0), Nonce::from_bytes([fresh; 16]))
     }
 
     fn written(entries: u8) -> (tempfile::TempDir, PathBuf, Vec<u8>) {
@@ -438,7 +413,7 @@ mod tests {
         std::fs::write(&path, without_second).unwrap();
         assert!(matches!(open(&path, 2), Err(JournalError::Damaged { .. })));
         std::fs::write(&path, &three).unwrap();
-        let other = Journal::open(&path, Box::new(Fake(8)), Nonce::from_bytes([2; 16]));
+        let other = Journal::open(&path, key(1), Nonce::from_bytes([2; 16]));
         assert!(matches!(other, Err(JournalError::Damaged { .. })));
     }
 

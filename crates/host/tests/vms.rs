@@ -74,7 +74,7 @@ async fn a_vm_starts_is_enrolled_and_stops() {
     // Repeating the order is harmless, another epoch is refused.
     assert_eq!(vms.start(&spec(), Epoch(3)).await.unwrap().pid, started.pid);
     assert_eq!(vms.start(&spec(), Epoch(4)).await.unwrap_err().code, ErrorCode::VmAlreadyRunning);
-    assert_eq!(vms.stop(spec().uuid, Epoch(4)).await.unwrap_err().code, ErrorCode::WrongState);
+    assert_eq!(vms.stop(spec().uuid, Epoch(2)).await.unwrap_err().code, ErrorCode::WrongState);
     vms.stop(spec().uuid, Epoch(3)).await.unwrap();
     vms.stop(spec().uuid, Epoch(3)).await.unwrap();
     assert!(!instance.process().is_alive());
@@ -118,7 +118,7 @@ async fn a_target_waits_paused_and_is_killed_frozen() {
     let target = vms.prepare(&spec(), &key, &inventory).await.unwrap();
     assert_eq!(target.status().await.unwrap(), "inmigrate");
     target.freezer().freeze().await.unwrap();
-    target.freezer().kill().await.unwrap();
+    target.kill().await.unwrap();
     while !vms.all().is_empty() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

@@ -11,6 +11,7 @@ use crate::qemu::tap;
 use crate::qmp::{Qmp, QmpError};
 use serde_json::{Value, json};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use types::inventory::Inventory;
@@ -33,6 +34,7 @@ pub struct Instance {
     folder: PathBuf,
     monitor: tokio::sync::Mutex<Option<Qmp>>,
     rescue: tokio::sync::Mutex<Option<Qmp>>,
+    end_expected: AtomicBool,
 }
 
 impl Instance {
@@ -47,7 +49,9 @@ impl Instance {
         folder: PathBuf,
     ) -> Self {
         let (monitor, rescue) = (tokio::sync::Mutex::default(), tokio::sync::Mutex::default());
-        Self { record: Mutex::new(record), records, process, freezer, group, folder, monitor, rescue }
+        let end_expected = AtomicBool::new(false);
+        let record = Mutex::new(record);
+        Self { record, records, process, freezer, group, folder, monitor, rescue, end_expected }
     }
 
     fn lock(&self) -> MutexGuard<'_, Record> {
@@ -73,7 +77,8 @@ impl Instance {
     /// It can't be written; nothing changed.
     pub fn change(&self, phase: Phase, epoch: Epoch) -> Result<(), HostError> {
         let mut record = self.lock();
-        let changed = Record { phase, epoch, ..record.clone() };
+        // Epochs only grow: a late word of an earlier attempt must not undo a later one.
+        let changed = Record { phase, epoch: record.epoch.max(epoch), ..record.clone() };
         changed.save(&self.records)?;
         *record = changed;
         Ok(())
@@ -101,6 +106,26 @@ impl Instance {
     #[must_use]
     pub fn freezer(&self) -> &Freezer {
         &self.freezer
+    }
+
+    /// Kills it by order, and waits until it is gone.
+    ///
+    /// # Errors
+    /// It is not.
+    pub async fn kill(&self) -> Result<(), HostError> {
+        self.end_expected.store(true, Ordering::SeqCst);
+        self.freezer.kill().await
+    }
+
+    /// Marks that its end is ordered: no news for anybody.
+    pub fn expect_end(&self) {
+        self.end_expected.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether its end was ordered.
+    #[must_use]
+    pub fn is_end_expected(&self) -> bool {
+        self.end_expected.load(Ordering::SeqCst)
     }
 
     /// Its sockets.

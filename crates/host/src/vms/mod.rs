@@ -181,11 +181,10 @@ impl Vms {
             return Err(Problem::new(ErrorCode::HypervisorFailed, "this host has no /dev/kvm")
                 .hint("enable virtualisation, or set `accel = \"tcg\"` in the VM's spec"));
         }
-        for file in spec.kernel.iter().chain(&spec.initrd).cloned() {
-            tokio::task::spawn_blocking(move || check_file(&file))
-                .await
-                .map_err(|e| Problem::new(ErrorCode::Internal, e.to_string()))??;
-        }
+        let files: Vec<_> = spec.kernel.iter().chain(&spec.initrd).cloned().collect();
+        tokio::task::spawn_blocking(move || files.iter().try_for_each(check_file))
+            .await
+            .map_err(|e| Problem::new(ErrorCode::Internal, e.to_string()))??;
         for disk in &spec.disks {
             if !Path::new(&disk.path).exists() {
                 let text = format!("disk image {} does not exist on this host", disk.path);
@@ -320,23 +319,25 @@ impl Vms {
     pub async fn stop(&self, vm: VmId, epoch: Epoch) -> Result<(), Problem> {
         let Some(instance) = self.lock().values().find(|i| i.vm() == vm).cloned() else { return Ok(()) };
         let held = instance.record().epoch;
-        if held != epoch {
-            let text = format!("this host holds the VM under epoch {}, not {}", held.0, epoch.0);
+        // A later epoch is the registry's right: an attempt that never reached this host burnt some.
+        if epoch < held {
+            let text = format!("this host holds the VM under epoch {}, later than {}", held.0, epoch.0);
             return Err(Problem::new(ErrorCode::WrongState, text));
         }
+        instance.expect_end();
         if let Ok(monitor) = instance.monitor().await {
             // QEMU may close the connection before it has answered: what counts is that it ends.
             monitor.execute_within("quit", json!({}), QUIT_TIMEOUT).await.ok();
             tokio::time::timeout(QUIT_TIMEOUT, instance.process().exited()).await.ok();
         }
-        instance.freezer().kill().await.map_err(|e| e.problem())?;
+        instance.kill().await.map_err(|e| e.problem())?;
         self.gone(&instance).await;
         Ok(())
     }
 
     /// Ends a QEMU of which nothing is worth keeping (never one that may hold the only copy of a guest).
     pub async fn end(&self, instance: &Arc<Instance>) {
-        if let Err(error) = instance.freezer().kill().await {
+        if let Err(error) = instance.kill().await {
             tracing::error!(%error, "cannot end QEMU");
         }
         self.gone(instance).await;

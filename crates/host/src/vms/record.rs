@@ -74,7 +74,6 @@ impl Record {
         let mut records = Vec::new();
         for file in files.flatten().map(|f| f.path()).filter(|p| p.extension().is_some_and(|e| e == "json")) {
             let read = std::fs::read(&file)
-                .map_err(std::io::Error::from)
                 .and_then(|bytes| serde_json::from_slice::<Self>(&bytes).map_err(std::io::Error::from));
             match read {
                 Ok(record) => records.push(record),

@@ -1,0 +1,258 @@
+//! VM agents: one sandboxed process per side per migration, which carries the stream. The daemon talks to it in
+//! packets over a socket pair (its standard input: no descriptor needs to be un-marked close-on-exec, so that
+//! concurrent spawns can't leak one), hands it connected descriptors, and watches its heartbeat.
+
+use crate::cgroup::Group;
+use crate::error::{HostError, chain};
+use crate::folders::{private_folder, remove_file};
+use crate::process::{Process, Spawn, watch};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+};
+use rustix::process::Signal;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::unix::AsyncFd;
+use types::agent::{Descriptor, FromAgent, MAX_PACKET_BYTES, ToAgent};
+use types::handover::Side;
+use types::{ErrorCode, MigrationId, Problem};
+
+/// The agent makes a key and enters its sandbox: milliseconds.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// An agent reports five times a second; one that is silent this long is dead or stopped, and an unwatched
+/// migration does not progress (I9).
+pub const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
+/// After `Terminate` an agent closes and exits; a guest may be waiting for that.
+const END_TIMEOUT: Duration = Duration::from_millis(200);
+/// A packet that the agent does not take in this time means that it hangs.
+const SEND_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Starts agents.
+#[derive(Debug, Clone)]
+pub struct AgentSpawner {
+    /// The binary, when configured.
+    pub binary: Option<PathBuf>,
+    /// Cgroup of agents.
+    pub group: Group,
+    /// Folder for their logs.
+    pub folder: PathBuf,
+}
+
+/// A live agent. Sending and receiving may go on at once; dropping it closes its socket, and it ends.
+#[derive(Debug, Clone)]
+pub struct Agent {
+    side: Side,
+    process: Process,
+    socket: Arc<AsyncFd<OwnedFd>>,
+    group: Group,
+    log: PathBuf,
+}
+
+/// What a fresh agent said of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ready {
+    /// SPKI (DER) of its ephemeral key.
+    pub spki: Vec<u8>,
+    /// Which parts of the sandbox are in force.
+    pub sandbox: String,
+}
+
+/// The agent is gone, or says nothing that can be understood.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("VM agent lost: {detail}")]
+pub struct AgentGone {
+    /// How.
+    pub detail: String,
+}
+
+impl AgentSpawner {
+    /// Starts an agent and has it make its key.
+    ///
+    /// # Errors
+    /// `missing-program`, or it does not answer.
+    pub async fn spawn(&self, migration: MigrationId, side: Side) -> Result<(Agent, Ready), Problem> {
+        let binary = self.locate()?;
+        let agent = self.start(&binary, migration, side).map_err(|e| e.problem())?;
+        match agent.greet(migration).await {
+            Ok(ready) => Ok((agent, ready)),
+            Err(gone) => {
+                let text = format!("{gone}; {}", log_tail(&agent.log));
+                agent.end().await;
+                Err(Problem::new(ErrorCode::Internal, text))
+            }
+        }
+    }
+
+    fn locate(&self) -> Result<PathBuf, Problem> {
+        let beside = || {
+            let mut path = std::env::current_exe().ok()?;
+            path.set_file_name("outrider-agent");
+            Some(path)
+        };
+        self.binary.clone().or_else(beside).filter(|path| path.is_file()).ok_or_else(|| {
+            let text = match &self.binary {
+                Some(path) => format!("the VM agent {} does not exist", path.display()),
+                None => "the VM agent `outrider-agent` is not beside the running program".to_owned(),
+            };
+            Problem::new(ErrorCode::MissingProgram, text).hint("set agent_binary in the host's configuration")
+        })
+    }
+
+    fn start(&self, binary: &Path, migration: MigrationId, side: Side) -> Result<Agent, HostError> {
+        let name = format!("{migration}-{side}");
+        let group = self.group.child(&name);
+        group.create()?;
+        private_folder(&self.folder)?;
+        let log = self.folder.join(format!("{name}.log"));
+        let system = |e: Errno| HostError::system("cannot make a socket pair", e);
+        let (ours, theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(system)?;
+        rustix::io::ioctl_fionbio(&ours, true).map_err(system)?;
+        let process = Spawn {
+            program: binary,
+            arguments: vec![],
+            environment: vec![("OUTRIDER_AGENT_FD", "0".to_owned())],
+            group: &group,
+            user: None,
+            input: theirs.into(),
+            log: &log,
+        }
+        .start()?;
+        let socket = watch(ours).map_err(|e| HostError::system("cannot watch an agent's socket", e))?;
+        Ok(Agent { side, process, socket: Arc::new(socket), group, log })
+    }
+}
+
+impl Agent {
+    /// Its side.
+    #[must_use]
+    pub fn side(&self) -> Side {
+        self.side
+    }
+
+    async fn greet(&self, migration: MigrationId) -> Result<Ready, AgentGone> {
+        self.send(&ToAgent::Hello { side: self.side, migration }).await?;
+        let answer = tokio::time::timeout(READY_TIMEOUT, self.receive())
+            .await
+            .map_err(|_| gone("it did not make its key in time"))??;
+        match answer {
+            FromAgent::Ready { spki, sandbox, .. } => {
+                let spki = hex::decode(spki).map_err(|_| gone("its key is not hexadecimal"))?;
+                Ok(Ready { spki, sandbox })
+            }
+            other => Err(gone(format!("it answered hello with {other:?}"))),
+        }
+    }
+
+    /// Sends a packet.
+    ///
+    /// # Errors
+    /// It is gone or hangs.
+    pub async fn send(&self, message: &ToAgent) -> Result<(), AgentGone> {
+        self.send_with(message, None).await
+    }
+
+    /// Hands over a descriptor; the daemon's copy is closed.
+    ///
+    /// # Errors
+    /// It is gone or hangs.
+    pub async fn attach(
+        &self,
+        channel: u16,
+        descriptor: Descriptor,
+        handle: OwnedFd,
+    ) -> Result<(), AgentGone> {
+        self.send_with(&ToAgent::Attach { channel, descriptor }, Some(handle)).await
+    }
+
+    async fn send_with(&self, message: &ToAgent, handle: Option<OwnedFd>) -> Result<(), AgentGone> {
+        let packet = wire::packet::encode(message).map_err(|e| gone(chain(&e)))?;
+        let work = async {
+            loop {
+                let mut ready = self.socket.writable().await.map_err(|e| gone(e.to_string()))?;
+                match send_packet(self.socket.get_ref(), &packet, handle.as_ref()) {
+                    Ok(()) => return Ok(()),
+                    Err(Errno::WOULDBLOCK) => ready.clear_ready(),
+                    Err(e) => return Err(gone(e.to_string())),
+                }
+            }
+        };
+        tokio::time::timeout(SEND_TIMEOUT, work).await.map_err(|_| gone("it takes no more packets"))?
+    }
+
+    /// The next packet.
+    ///
+    /// # Errors
+    /// It is gone, or sent what is none.
+    pub async fn receive(&self) -> Result<FromAgent, AgentGone> {
+        let mut buffer = vec![0; MAX_PACKET_BYTES + 1];
+        loop {
+            let mut ready = self.socket.readable().await.map_err(|e| gone(e.to_string()))?;
+            match rustix::net::recv(self.socket.get_ref(), &mut buffer[..], RecvFlags::empty()) {
+                Ok((0, _)) => return Err(gone("it closed its socket")),
+                Ok((length, _)) => {
+                    return wire::packet::decode(&buffer[..length]).map_err(|e| gone(chain(&e)));
+                }
+                Err(Errno::WOULDBLOCK) => ready.clear_ready(),
+                Err(e) => return Err(gone(e.to_string())),
+            }
+        }
+    }
+
+    /// Ends it, politely at first, and removes what was made for it.
+    pub async fn end(&self) {
+        if self.process.is_alive() && self.send(&ToAgent::Terminate).await.is_ok() {
+            tokio::time::timeout(END_TIMEOUT, self.process.exited()).await.ok();
+        }
+        if let Err(error) = self.process.signal(Signal::KILL) {
+            tracing::error!(%error, "cannot end a VM agent");
+        }
+        self.process.exited().await;
+        let (group, log) = (self.group.clone(), self.log.clone());
+        // The guest may be waiting for what comes after this: sweeping is not urgent.
+        tokio::spawn(async move {
+            for _ in 0..100 {
+                if group.remove().is_ok() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            relay_log(&log);
+            remove_file(&log);
+        });
+    }
+}
+
+/// The agent's own lines go where the daemon's go.
+fn relay_log(log: &Path) {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    for line in text.lines().rev().take(50).collect::<Vec<_>>().into_iter().rev() {
+        tracing::debug!(agent = line);
+    }
+}
+
+fn send_packet(socket: &OwnedFd, packet: &[u8], handle: Option<&OwnedFd>) -> Result<(), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let handles = handle.map(|handle| [handle.as_fd()]);
+    if let Some(handles) = &handles {
+        ancillary.push(SendAncillaryMessage::ScmRights(handles));
+    }
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    rustix::net::sendmsg(socket, &[IoSlice::new(packet)], &mut ancillary, flags).map(|_| ())
+}
+
+fn gone(detail: impl Into<String>) -> AgentGone {
+    AgentGone { detail: detail.into() }
+}
+
+fn log_tail(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().last().unwrap_or("it printed nothing").chars().take(300).collect()
+}

@@ -1,0 +1,403 @@
+//! The manager's orders: parsed into types, carried out, answered with the id that they came with.
+//!
+//! Orders of a hand-over are queued at once and in the order in which they came; what takes long runs in its own task.
+
+use crate::agents::Ready;
+use crate::daemon::{Daemon, IdleAgent, lock, now_unix_us};
+use crate::load::LoadMeter;
+use crate::migration::registry::{Migrations, PrepareOrder, StartOrder};
+use crate::migration::source::fresh_nonce;
+use crate::migration::{Control, Input, PeerAnswer};
+use api::fleet::{self, Done, Reply, reply, to_host::Body, to_manager};
+use engine::handover::{Resolution, source, target};
+use std::str::FromStr;
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot, watch};
+use types::handover::{
+    AbortReason, HandoverKey, MigrationRequest, PriorRunState, Side, Statement, StreamEvidence,
+};
+use types::vm::VmSpec;
+use types::{Epoch, ErrorCode, MigrationId, Problem, VmId};
+
+/// Agents that wait for a permit; each costs a process.
+const IDLE_AGENTS_MAX: usize = 32;
+/// A JSON document in an order: specs and inventories are far smaller.
+const JSON_BYTES_MAX: usize = 1 << 20;
+
+/// Carries out orders.
+#[derive(Debug, Clone)]
+pub struct Orders {
+    daemon: Arc<Daemon>,
+    migrations: Arc<Migrations>,
+    meter: LoadMeter,
+}
+
+type Outcome = Result<reply::Result, Problem>;
+
+impl Orders {
+    /// For a daemon.
+    #[must_use]
+    pub fn new(daemon: Arc<Daemon>, migrations: Arc<Migrations>, meter: LoadMeter) -> Self {
+        Self { daemon, migrations, meter }
+    }
+
+    /// Takes one order; never waits.
+    pub fn take(&self, id: u64, body: Body) {
+        let this = self.clone();
+        let name = name_of(&body);
+        match body {
+            // Many and quick: no task.
+            Body::QueryLoad(_) => self.reply(id, name, Ok(self.load())),
+            Body::StatementStored(_) | Body::Welcome(_) => {}
+            Body::StartVm(order) => self.run(id, name, async move { this.start_vm(order).await }),
+            Body::StopVm(order) => self.run(id, name, async move { this.stop_vm(order).await }),
+            Body::Intent(order) => self.reply(id, name, self.intent(&order)),
+            Body::SpawnAgent(order) => self.run(id, name, async move { this.spawn_agent(order).await }),
+            Body::Prepare(order) => match self.prepare(order) {
+                Ok(late) => self.run(id, name, async move { prepared(late).await }),
+                Err(problem) => self.reply(id, name, Err(problem)),
+            },
+            Body::Start(order) => match self.start(order) {
+                Ok(late) => self.run(id, name, async move { settled(late).await.map(|()| done()) }),
+                Err(problem) => self.reply(id, name, Err(problem)),
+            },
+            Body::Renounced(order) => {
+                let taken = self.migrations.renounced(order.token, &order.target_daemon_key);
+                self.reply(id, name, taken.map(|()| done()));
+            }
+            Body::Renounce(order) => self.reply(id, name, self.renounce(order)),
+            Body::Decline(order) => self.reply(id, name, self.decline(&order)),
+            hand_over => match self.hand_over(hand_over) {
+                Ok(answered) => self.run(id, name, async move {
+                    let gone =
+                        || Problem::new(ErrorCode::WrongState, "the hand-over has just ended; ask again");
+                    answered.await.unwrap_or_else(|_| Err(gone())).map(|()| done())
+                }),
+                Err(problem) => self.reply(id, name, Err(problem)),
+            },
+        }
+    }
+
+    /// An order of a newer manager.
+    pub fn not_understood(&self, id: u64) {
+        let problem = Problem::new(ErrorCode::BadRequest, "this host does not understand the order");
+        self.reply(id, "unknown", Err(problem));
+    }
+
+    fn run(&self, id: u64, name: &'static str, work: impl Future<Output = Outcome> + Send + 'static) {
+        let this = self.clone();
+        tokio::spawn(async move {
+            let outcome = work.await;
+            this.reply(id, name, outcome);
+        });
+    }
+
+    fn reply(&self, id: u64, name: &'static str, outcome: Outcome) {
+        if let Err(problem) = &outcome {
+            tracing::warn!(order = name, %problem, "order not carried out");
+        }
+        if id == 0 {
+            return;
+        }
+        let result = outcome.unwrap_or_else(|problem| {
+            reply::Result::Error(fleet::Error {
+                code: problem.code.to_string(),
+                detail: problem.detail,
+                hint: problem.hint.unwrap_or_default(),
+            })
+        });
+        self.daemon.outbox.push(to_manager::Body::Reply(Reply { id, result: Some(result) }));
+    }
+
+    fn load(&self) -> reply::Result {
+        let vms = u32::try_from(self.daemon.vms.all().len()).unwrap_or(u32::MAX);
+        let load_json = serde_json::to_string(&self.meter.load(vms)).unwrap_or_default();
+        reply::Result::Load(fleet::LoadReply { load_json })
+    }
+
+    async fn start_vm(&self, order: fleet::StartVm) -> Outcome {
+        let spec: VmSpec = json("the VM's spec", &order.spec_json)?;
+        let started = self.daemon.vms.start(&spec, Epoch(order.epoch)).await?;
+        Ok(reply::Result::Started(fleet::Started {
+            inventory_json: serde_json::to_string(&started.inventory).unwrap_or_default(),
+            machine: started.inventory.machine,
+            pid: started.pid,
+        }))
+    }
+
+    async fn stop_vm(&self, order: fleet::StopVm) -> Outcome {
+        self.daemon.vms.stop(parse("VM", &order.vm)?, Epoch(order.epoch)).await.map(|()| done())
+    }
+
+    /// An operator's wish becomes this host's signed request: only a host that holds the VM makes one.
+    fn intent(&self, order: &fleet::Intent) -> Outcome {
+        let vm: VmId = parse("VM", &order.vm)?;
+        if self.daemon.vms.running(vm).is_none() {
+            return Err(Problem::new(ErrorCode::VmNotOnSource, "the VM does not run on this host"));
+        }
+        let nonce = fresh_nonce().map_err(|e| Problem::new(ErrorCode::Internal, e.to_string()))?;
+        self.daemon.send_statement(&Statement::Request(MigrationRequest {
+            vm,
+            source: self.daemon.name.clone(),
+            target: parse("target", &order.target)?,
+            nonce,
+            timestamp_unix_ms: now_unix_us() / 1000,
+            intent: order.intent.clone(),
+        }));
+        Ok(done())
+    }
+
+    /// Repeating the order is answered with the same key.
+    async fn spawn_agent(&self, order: fleet::SpawnAgent) -> Outcome {
+        let migration: MigrationId = parse("migration", &order.migration)?;
+        let side = side(&order.side)?;
+        if let Some(idle) = lock(&self.daemon.idle_agents).get(&(migration, side)) {
+            return Ok(agent_ready(&idle.ready));
+        }
+        if lock(&self.daemon.idle_agents).len() >= IDLE_AGENTS_MAX {
+            return Err(Problem::new(ErrorCode::LimitReached, "too many VM agents wait for a permit here"));
+        }
+        let (agent, ready) = self.daemon.spawner.spawn(migration, side).await?;
+        let answer = agent_ready(&ready);
+        let idle = IdleAgent { agent, ready };
+        let replaced = lock(&self.daemon.idle_agents).insert((migration, side), idle);
+        if let Some(other) = replaced {
+            other.agent.end().await;
+        }
+        self.daemon.expire_agent(migration, side);
+        Ok(answer)
+    }
+
+    fn prepare(
+        &self,
+        order: fleet::PrepareTarget,
+    ) -> Result<watch::Receiver<Option<Result<crate::migration::target::Prepared, Problem>>>, Problem> {
+        let order = PrepareOrder {
+            migration: parse("migration", &order.migration)?,
+            permit: order.permit,
+            spec: json("the VM's spec", &order.spec_json)?,
+            inventory: json("the VM's inventory", &order.inventory_json)?,
+            source_address: parse("source's migration address", &order.source_migration_address)?,
+            source_daemon_key: order.source_daemon_key,
+        };
+        Ok(self.migrations.prepare(order))
+    }
+
+    fn start(
+        &self,
+        order: fleet::StartSource,
+    ) -> Result<watch::Receiver<Option<Result<(), Problem>>>, Problem> {
+        let order = StartOrder {
+            migration: parse("migration", &order.migration)?,
+            permit: order.permit,
+            inventory: json("the VM's inventory", &order.inventory_json)?,
+            data_address: parse("data address", &order.data_address)?,
+            peer_address: parse("peer address", &order.peer_address)?,
+        };
+        Ok(self.migrations.start(order))
+    }
+
+    /// The source's signed request, through the manager; the answer goes to the manager as a statement.
+    fn renounce(&self, order: fleet::Renounce) -> Outcome {
+        let key: HandoverKey = json("the key", &order.key_json)?;
+        let request = self.migrations.verified_ask(order.request)?;
+        if request.key != key {
+            return Err(Problem::new(ErrorCode::BadRequest, "the request is about another attempt"));
+        }
+        let (asker, mut answers) = mpsc::channel(4);
+        self.migrations.asked(key.migration, request, asker);
+        tokio::spawn(async move {
+            while let Some(said) = answers.recv().await {
+                if let PeerAnswer::Status(status) = said {
+                    tracing::info!(migration = %key.migration, ?status, "asked to renounce");
+                }
+            }
+        });
+        Ok(done())
+    }
+
+    fn decline(&self, order: &fleet::Decline) -> Outcome {
+        let attempt = json("the attempt", &order.attempt_json)?;
+        let reason = reason(&order.code, &order.detail);
+        self.migrations.decline(attempt, side(&order.side)?, reason).map(|()| done())
+    }
+
+    /// Queues an order of a hand-over; its verdict comes later.
+    fn hand_over(&self, body: Body) -> Result<oneshot::Receiver<Result<(), Problem>>, Problem> {
+        let (reply, answered) = oneshot::channel();
+        let (migration, input) = match body {
+            Body::Commit(order) => {
+                let key: HandoverKey = json("the key", &order.key_json)?;
+                let evidence: StreamEvidence = json("the evidence", &order.evidence_json)?;
+                let commit = target::Order::Commit { evidence, prior: prior(&order.prior)? };
+                (key.migration, Input::Target(key, commit, reply))
+            }
+            Body::Void(order) => {
+                let key: HandoverKey = json("the key", &order.key_json)?;
+                let void = target::Order::Void { reason: reason(&order.code, &order.detail) };
+                (key.migration, Input::Target(key, void, reply))
+            }
+            Body::Release(order) => {
+                let key: HandoverKey = json("the key", &order.key_json)?;
+                (key.migration, Input::Source(key, source::Order::Release, reply))
+            }
+            Body::Fenced(order) => {
+                let key: HandoverKey = json("the key", &order.key_json)?;
+                let resolution = resolution(&order.resolution)?;
+                (key.migration, Input::Source(key, source::Order::Fenced { resolution }, reply))
+            }
+            Body::Abort(order) => {
+                let key: HandoverKey = json("the key", &order.key_json)?;
+                let reason = reason(&order.code, &order.detail);
+                self.for_side(
+                    key,
+                    source::Order::Abort { reason: reason.clone() },
+                    target::Order::Abort { reason },
+                    reply,
+                )?
+            }
+            Body::Present(order) => {
+                let key: HandoverKey = json("the key", &order.key_json)?;
+                self.for_side(key, source::Order::Present, target::Order::Present, reply)?
+            }
+            Body::Forget(order) => {
+                let migration = parse("migration", &order.migration)?;
+                self.daemon.discard_agents(migration);
+                let key = self
+                    .migrations
+                    .key_of(migration)
+                    .ok_or_else(|| crate::migration::registry::unknown(migration))?;
+                self.for_side(key, source::Order::Close, target::Order::Close, reply)?
+            }
+            Body::Control(order) => {
+                let migration = parse("migration", &order.migration)?;
+                (migration, Input::Control(control(&order)?, reply))
+            }
+            _ => return Err(Problem::new(ErrorCode::BadRequest, "this host does not understand the order")),
+        };
+        self.migrations.deliver(migration, input)?;
+        Ok(answered)
+    }
+
+    /// Orders that both sides know: by what this host's journal says that it is.
+    fn for_side(
+        &self,
+        key: HandoverKey,
+        to_source: source::Order,
+        to_target: target::Order,
+        reply: oneshot::Sender<Result<(), Problem>>,
+    ) -> Result<(MigrationId, Input), Problem> {
+        let side = self
+            .migrations
+            .side_of(key.migration)
+            .ok_or_else(|| crate::migration::registry::unknown(key.migration))?;
+        Ok(match side {
+            Side::Source => (key.migration, Input::Source(key, to_source, reply)),
+            Side::Target => (key.migration, Input::Target(key, to_target, reply)),
+        })
+    }
+}
+
+async fn prepared(
+    late: watch::Receiver<Option<Result<crate::migration::target::Prepared, Problem>>>,
+) -> Outcome {
+    let prepared = settled(late).await?;
+    Ok(reply::Result::Prepared(fleet::Prepared {
+        data_address: prepared.data_address.to_string(),
+        peer_address: prepared.peer_address.to_string(),
+    }))
+}
+
+async fn settled<T: Clone>(mut late: watch::Receiver<Option<Result<T, Problem>>>) -> Result<T, Problem> {
+    let gone = || Problem::new(ErrorCode::WrongState, "the attempt ended before it was ready");
+    let settled = late.wait_for(Option::is_some).await.map_err(|_| gone())?;
+    settled.clone().unwrap_or_else(|| Err(gone()))
+}
+
+fn done() -> reply::Result {
+    reply::Result::Done(Done {})
+}
+
+fn agent_ready(ready: &Ready) -> reply::Result {
+    reply::Result::Agent(fleet::AgentReady { spki_der: ready.spki.clone(), sandbox: ready.sandbox.clone() })
+}
+
+fn bad(text: String) -> Problem {
+    Problem::new(ErrorCode::BadRequest, text)
+}
+
+fn parse<T: FromStr>(what: &str, text: &str) -> Result<T, Problem> {
+    text.parse()
+        .map_err(|_| bad(format!("{what} {:?} is malformed", text.chars().take(80).collect::<String>())))
+}
+
+fn json<T: serde::de::DeserializeOwned>(what: &str, text: &str) -> Result<T, Problem> {
+    if text.len() > JSON_BYTES_MAX {
+        return Err(bad(format!("{what} is too long")));
+    }
+    serde_json::from_str(text).map_err(|e| bad(format!("{what} is malformed: {e}")))
+}
+
+fn side(text: &str) -> Result<Side, Problem> {
+    match text {
+        "source" => Ok(Side::Source),
+        "target" => Ok(Side::Target),
+        _ => Err(bad(format!("{text:?} is no side"))),
+    }
+}
+
+fn prior(text: &str) -> Result<PriorRunState, Problem> {
+    match text {
+        "running" => Ok(PriorRunState::Running),
+        "paused" => Ok(PriorRunState::Paused),
+        _ => Err(bad(format!("{text:?} is no run state"))),
+    }
+}
+
+fn resolution(text: &str) -> Result<Resolution, Problem> {
+    match text {
+        "thaw" => Ok(Resolution::Thaw),
+        "discard" => Ok(Resolution::Discard),
+        _ => Err(bad(format!("{text:?} is no resolution"))),
+    }
+}
+
+fn reason(code: &str, detail: &str) -> AbortReason {
+    let code = code.parse().unwrap_or(ErrorCode::Terminated);
+    AbortReason { code, detail: detail.chars().take(1000).collect() }
+}
+
+fn control(order: &fleet::Control) -> Result<Control, Problem> {
+    match order.order.as_str() {
+        "suspend" => Ok(Control::Suspend),
+        "resume" => Ok(Control::Resume),
+        "terminate" => Ok(Control::Terminate),
+        "throttle" => Ok(Control::Throttle(order.bytes_per_second)),
+        other => Err(bad(format!("{other:?} is no control order"))),
+    }
+}
+
+fn name_of(body: &Body) -> &'static str {
+    match body {
+        Body::Welcome(_) => "welcome",
+        Body::StartVm(_) => "start-vm",
+        Body::StopVm(_) => "stop-vm",
+        Body::Intent(_) => "intent",
+        Body::QueryLoad(_) => "query-load",
+        Body::SpawnAgent(_) => "spawn-agent",
+        Body::Prepare(_) => "prepare-target",
+        Body::Start(_) => "start-source",
+        Body::Commit(_) => "commit",
+        Body::Abort(_) => "abort",
+        Body::Release(_) => "release",
+        Body::Renounced(_) => "renounced",
+        Body::Renounce(_) => "renounce",
+        Body::Control(_) => "control",
+        Body::Forget(_) => "forget",
+        Body::StatementStored(_) => "statement-stored",
+        Body::Fenced(_) => "fenced",
+        Body::Void(_) => "void",
+        Body::Present(_) => "present",
+        Body::Decline(_) => "decline",
+    }
+}
