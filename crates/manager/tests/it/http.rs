@@ -1,0 +1,147 @@
+//! What the operators' port lets in, and how it says no.
+
+use crate::world::{World, config, host_spec, intent, now_ms, try_run, vm_spec};
+use hyper::StatusCode;
+use serde_json::{Value, json};
+use types::ErrorCode;
+
+/// Refused with this status and code, as a problem document.
+async fn refused(world: &World, method: &str, path: &str, token: &str, body: &str, status: u16, code: &str) {
+    let answer = world.request(method, path, token, body).await;
+    assert_eq!((answer.status.as_u16(), answer.code()), (status, code), "{method} {path} {body}: {}", answer.body);
+    assert_eq!(answer.kind, "application/problem+json");
+    assert!(!answer.body["detail"].as_str().unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_health_is_open_and_everything_else_wants_a_token() {
+    let world = World::new();
+    for path in ["/healthz", "/readyz", "/metrics"] {
+        assert_eq!(world.request("GET", path, "", "").await.status, StatusCode::OK, "{path}");
+    }
+    for path in ["/v1/hosts", "/v1/vms", "/v1/migrations", "/v1/audit", "/v1/audit/verify", "/v1/events"] {
+        refused(&world, "GET", path, "wrong", "", 401, "unauthenticated").await;
+    }
+    // Ten failures of one address, and it has to wait, whatever it sends.
+    for _ in 0..4 {
+        refused(&world, "POST", "/v1/vms", "", "{}", 401, "unauthenticated").await;
+    }
+    refused(&world, "GET", "/v1/hosts", &world.token(), "", 429, "limit-reached").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn malformed_documents_are_named() {
+    let world = World::new();
+    let token = world.token();
+    let mut extra = host_spec("host-a");
+    extra["colour"] = json!("red");
+    refused(&world, "POST", "/v1/hosts", &token, &extra.to_string(), 400, "bad-request").await;
+    let mut name = host_spec("host-a");
+    name["name"] = json!("Host A");
+    refused(&world, "POST", "/v1/hosts", &token, &name.to_string(), 400, "bad-request").await;
+    let mut mac = host_spec("host-a");
+    mac["macs"] = json!(["nonsense"]);
+    refused(&world, "POST", "/v1/hosts", &token, &mac.to_string(), 400, "bad-request").await;
+    let mut vm = vm_spec("vm", 1);
+    vm["cpu_model"] = json!("host");
+    refused(&world, "POST", "/v1/vms", &token, &vm.to_string(), 400, "bad-request").await;
+    let mut vm = vm_spec("vm", 1);
+    vm["qemu_args"] = json!("-snapshot");
+    refused(&world, "POST", "/v1/vms", &token, &vm.to_string(), 400, "bad-request").await;
+    refused(&world, "POST", "/v1/vms", &token, "{", 400, "bad-request").await;
+    let long = format!("{{\"name\":\"{}\"}}", "x".repeat(300 * 1024));
+    refused(&world, "POST", "/v1/vms", &token, &long, 400, "bad-request").await;
+    refused(&world, "GET", "/v1/hosts/nobody", &token, "", 404, "unknown-host").await;
+    refused(&world, "GET", "/v1/vms/..%2f..", &token, "", 404, "unknown-vm").await;
+    refused(&world, "GET", "/v1/migrations/m-1", &token, "", 404, "unknown-migration").await;
+    refused(&world, "GET", "/v2", &token, "", 400, "bad-request").await;
+    refused(&world, "DELETE", "/v1/hosts", &token, "", 400, "bad-request").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_gate_of_a_request_has_its_own_code() {
+    let world = World::new();
+    let token = world.token();
+    let (a, _b) = (world.host("host-a").await, world.host("host-b").await);
+    world.ok("/v1/hosts", &host_spec("host-c")).await;
+    world.vm("vm", 1, "host-a").await;
+    world.ok("/v1/vms", &vm_spec("cold", 2)).await;
+    let check = async |body: Value, status: u16, code: &str| {
+        refused(&world, "POST", "/v1/migrations", &token, &body.to_string(), status, code).await;
+    };
+    check(intent("nothing", "host-b"), 404, "unknown-vm").await;
+    check(intent("cold", "host-b"), 409, "vm-not-running").await;
+    check(intent("vm", "nowhere"), 404, "unknown-host").await;
+    check(intent("vm", "host-a"), 409, "target-is-source").await;
+    check(intent("vm", "host-c"), 409, "host-unreachable").await;
+    let mut wrong = intent("vm", "host-b");
+    wrong["source"] = json!("host-b");
+    check(wrong, 409, "vm-not-on-source").await;
+    let mut stale = intent("vm", "host-b");
+    stale["timestamp_unix_ms"] = json!(now_ms() - 31_000);
+    check(stale, 409, "stale-request").await;
+    let mut future = intent("vm", "host-b");
+    future["timestamp_unix_ms"] = json!(now_ms() + 31_000);
+    check(future, 409, "stale-request").await;
+    let mut unknown = intent("vm", "host-b");
+    unknown["force"] = json!(true);
+    check(unknown, 400, "bad-request").await;
+    // A refused request's nonce is used as well, also after a restart.
+    let replay = intent("vm", "host-a");
+    check(replay.clone(), 409, "target-is-source").await;
+    world.kill();
+    world.start();
+    check(replay, 409, "replayed-request").await;
+    // What was refused is on record, with its reason.
+    let list = world.get("/v1/migrations").await;
+    let codes: Vec<_> = list.as_array().unwrap().iter().map(|m| m["problem"]["code"].clone()).collect();
+    assert!(codes.contains(&json!("target-is-source")), "{codes:?}");
+    assert!(a.seen.lock().unwrap().iter().all(|order| *order != "intent"), "nothing was sent for any of them");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn vms_are_defined_once_started_once_and_stopped() {
+    let world = World::new();
+    let token = world.token();
+    let a = world.host("host-a").await;
+    let vm = world.vm("vm", 1, "host-a").await;
+    refused(&world, "POST", "/v1/vms", &token, &vm_spec("vm", 7).to_string(), 409, "already-exists").await;
+    let start = json!({ "host": "host-a" }).to_string();
+    refused(&world, "POST", "/v1/vms/vm/start", &token, &start, 409, "vm-already-running").await;
+    world.ok("/v1/vms/vm/stop", &json!({})).await;
+    assert!(world.physical.lock().unwrap().on(vm).is_empty());
+    refused(&world, "POST", "/v1/vms/vm/stop", &token, "", 409, "vm-not-running").await;
+    // A host that says no has none of it.
+    a.manners.lock().unwrap().refuses = vec![("start-vm", "missing-program")];
+    refused(&world, "POST", "/v1/vms/vm/start", &token, &start, 500, "missing-program").await;
+    let view = world.get("/v1/vms/vm").await;
+    assert_eq!((&view["state"], &view["host"]), (&json!("defined"), &Value::Null));
+    a.manners.lock().unwrap().refuses.clear();
+    let epoch = view["epoch"].as_u64().unwrap();
+    let view = world.ok("/v1/vms/vm/start", &json!({ "host": "host-a" })).await;
+    assert!(view["epoch"].as_u64().unwrap() > epoch, "every start has a fresh epoch");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_taken_folder_a_taken_port_and_a_bad_policy_are_named() {
+    let world = World::new();
+    let other = tempfile::tempdir().unwrap();
+    let folder = tokio::task::block_in_place(|| try_run(config(&world.state()))).unwrap_err();
+    assert_eq!(folder.code, ErrorCode::WrongState);
+    assert!(folder.detail.contains("another manager"), "{folder}");
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut config = config(&other.path().join("m"));
+    config.hosts_listen = taken.local_addr().unwrap();
+    let port = tokio::task::block_in_place(|| try_run(config.clone())).unwrap_err();
+    assert_eq!(port.code, ErrorCode::AddressInUse);
+    assert!(port.detail.contains(&taken.local_addr().unwrap().to_string()), "{port}");
+
+    std::fs::write(other.path().join("p.cedar"), "permit (principal, action, resource) when { principal.rol == \"x\" };")
+        .unwrap();
+    config.policy = Some(other.path().to_owned());
+    let policy = tokio::task::block_in_place(|| try_run(config)).unwrap_err();
+    assert_eq!(policy.code, ErrorCode::BadConfiguration);
+    assert!(policy.detail.contains("rol"), "{policy}");
+    tokio::task::block_in_place(|| world.end()).unwrap();
+}

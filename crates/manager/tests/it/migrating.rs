@@ -1,0 +1,267 @@
+//! Whole migrations between hosts without hypervisors.
+
+use crate::fake_host::{FakeHost, Manners};
+use crate::world::{World, intent};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use types::{MigrationId, VmId};
+
+struct Pair {
+    world: Arc<World>,
+    a: Arc<FakeHost>,
+    b: Arc<FakeHost>,
+    vm: VmId,
+}
+
+async fn pair() -> Pair {
+    let world = World::new();
+    let (a, b) = (world.host("host-a").await, world.host("host-b").await);
+    let vm = world.vm("vm", 1, "host-a").await;
+    Pair { world, a, b, vm }
+}
+
+impl Pair {
+    fn manners(&self, change: impl Fn(&mut Manners)) {
+        for host in [&self.a, &self.b] {
+            change(&mut host.manners.lock().unwrap());
+        }
+    }
+
+    async fn state_is(&self, id: &str, state: &str) {
+        let path = format!("/v1/migrations/{id}");
+        self.world.until(format!("{id} is {state}"), async || self.world.get(&path).await["state"] == state).await;
+    }
+
+    async fn saw(&self, host: &FakeHost, order: &'static str) {
+        self.world
+            .until(format!("{} sees {order}", host.name), async || host.seen.lock().unwrap().contains(&order))
+            .await;
+    }
+}
+
+fn id(text: &str) -> MigrationId {
+    text.parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_moves_there_and_back_and_the_report_is_whole() {
+    let p = pair().await;
+    let m = p.world.migrate("vm", "host-b").await;
+    let view = p.world.ended(&m).await;
+    assert_eq!(view["state"], "completed", "{view}");
+    p.world.check_settled(p.vm, "host-b").await;
+    assert_eq!((&view["vm_runs_on"], &view["attestation"]), (&json!("host-b"), &json!("unattested")));
+    assert_eq!(view["downtime_ms"], 12.5);
+    assert_eq!(view["time_to_responsiveness_ms"], 1.5);
+    assert_eq!(view["transferred_bytes"], 1100);
+    assert_eq!(view["digests"]["match"], true);
+    assert_eq!(view["channel"]["protocol"], "TLSv1.3");
+    assert_eq!(view["downtime_parts"][0]["name"], "freeze");
+    let stages: Vec<_> = view["stages"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
+    assert_eq!(stages, ["setup", "memory-transfer", "switchover", "network-cleanup"]);
+    assert!(view["total_ms"].as_f64().unwrap() >= view["request_to_running_ms"].as_f64().unwrap());
+    assert!(view["permit_decision_ms"].as_f64().unwrap() > 0.0);
+    assert!(view["permit"]["id"].as_str().unwrap().len() == 64);
+    let back = p.world.migrate("vm", "host-a").await;
+    assert_eq!(p.world.ended(&back).await["state"], "completed");
+    p.world.check_settled(p.vm, "host-a").await;
+    // The permit's audit entry is before anything that the permit let happen.
+    let audit = p.world.get("/v1/audit").await;
+    let of: Vec<_> = audit.as_array().unwrap().iter().filter(|e| e["detail"]["migration"] == m.as_str()).collect();
+    let at = |action: &str| of.iter().position(|e| e["action"] == action).unwrap_or_else(|| panic!("{action}"));
+    let order = ["migration.request", "migration.sign-request", "permit.issue", "permit.consume", "handover.commit"];
+    assert!(order.windows(2).all(|w| at(w[0]) < at(w[1])), "{of:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_twenty_requests_at_once_one_is_let_in() {
+    let p = pair().await;
+    p.manners(|m| m.flows = false);
+    let tries = (0..20).map(|_| p.world.post_owned("/v1/migrations", intent("vm", "host-b")));
+    let answers = futures::future::join_all(tries).await;
+    let accepted = answers.iter().filter(|a| a.status == 202).count();
+    let in_flight = answers.iter().filter(|a| a.code() == "migration-in-flight").count();
+    assert_eq!((accepted, in_flight), (1, 19));
+}
+
+/// Either vote may come first.
+async fn check_vote_order(first: fn(&Pair) -> &Arc<FakeHost>, second: fn(&Pair) -> &Arc<FakeHost>) {
+    let p = pair().await;
+    p.manners(|m| (m.source_votes, m.target_votes) = (false, false));
+    let m = p.world.migrate("vm", "host-b").await;
+    p.state_is(&m, "switchover").await;
+    first(&p).vote(id(&m)).await;
+    // One vote is not a decision.
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    assert_eq!(p.world.get(&format!("/v1/migrations/{m}")).await["state"], "switchover");
+    second(&p).vote(id(&m)).await;
+    assert_eq!(p.world.ended(&m).await["state"], "completed");
+    p.world.check_settled(p.vm, "host-b").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_votes_count_in_either_order() {
+    check_vote_order(|p| &p.a, |p| &p.b).await;
+    check_vote_order(|p| &p.b, |p| &p.a).await;
+}
+
+/// A gate behind the request refuses; nothing is left, and the VM runs where it ran.
+async fn check_refusal(change: impl Fn(&mut Manners), state: &str, code: &str) -> Value {
+    let p = pair().await;
+    p.manners(&change);
+    let m = p.world.migrate("vm", "host-b").await;
+    let view = p.world.ended(&m).await;
+    assert_eq!((&view["state"], &view["problem"]["code"]), (&json!(state), &json!(code)), "{view}");
+    p.world.check_settled(p.vm, "host-a").await;
+    p.saw(&p.b, "forget").await;
+    // The VM is free for another try.
+    p.manners(|m| *m = Manners::default());
+    let again = p.world.migrate("vm", "host-b").await;
+    assert_eq!(p.world.ended(&again).await["state"], "completed");
+    p.world.check_settled(p.vm, "host-b").await;
+    view
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_room_on_the_target_refuses() {
+    let view = check_refusal(|m| m.available_bytes = 1 << 20, "refused", "insufficient-capacity").await;
+    assert!(view["problem"]["detail"].as_str().unwrap().contains("by measurement"), "{view}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_does_not_measure_refuses() {
+    check_refusal(|m| m.ignores = vec!["query-load"], "refused", "host-unreachable").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_agent_refuses() {
+    check_refusal(|m| m.refuses = vec![("spawn-agent", "missing-program")], "refused", "missing-program").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_cannot_prepare_ends_it_on_the_source() {
+    check_refusal(|m| m.refuses = vec![("prepare", "hypervisor-failed")], "failed", "hypervisor-failed").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_cannot_start_ends_it_on_the_source() {
+    check_refusal(|m| m.refuses = vec![("start", "permit-refused")], "failed", "permit-refused").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn terminate_in_flight_leaves_the_vm_on_the_source_within_a_second() {
+    let p = pair().await;
+    p.manners(|m| m.flows = false);
+    let m = p.world.migrate("vm", "host-b").await;
+    p.state_is(&m, "memory-transfer").await;
+    let since = std::time::Instant::now();
+    p.world.ok(&format!("/v1/migrations/{m}/terminate"), &json!({})).await;
+    p.saw(&p.a, "abort").await;
+    assert!(since.elapsed().as_millis() < 1_000);
+    let view = p.world.ended(&m).await;
+    assert_eq!((&view["state"], &view["problem"]["code"]), (&json!("terminated"), &json!("terminated")), "{view}");
+    p.world.check_settled(p.vm, "host-a").await;
+    let again = p.world.post(&format!("/v1/migrations/{m}/terminate"), &json!({})).await;
+    assert_eq!(again.code(), "wrong-state");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn suspend_holds_resume_goes_on_and_after_the_stop_suspend_means_abort() {
+    let p = pair().await;
+    p.manners(|m| m.flows = false);
+    let m = p.world.migrate("vm", "host-b").await;
+    p.state_is(&m, "memory-transfer").await;
+    let view = p.world.ok(&format!("/v1/migrations/{m}/suspend"), &json!({})).await;
+    assert_eq!(view["suspended"], true);
+    assert!(view["awaiting"].as_str().unwrap().contains("operator"), "{view}");
+    let view = p.world.ok(&format!("/v1/migrations/{m}/resume"), &json!({})).await;
+    assert_eq!(view["suspended"], false);
+    p.manners(|m| m.source_votes = false);
+    p.a.flow(id(&m)).await;
+    p.state_is(&m, "switchover").await;
+    p.world.ok(&format!("/v1/migrations/{m}/suspend"), &json!({})).await;
+    assert_eq!(p.world.ended(&m).await["state"], "terminated");
+    p.world.check_settled(p.vm, "host-a").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn past_the_commit_it_is_too_late() {
+    let p = pair().await;
+    p.manners(|m| m.ignores = vec!["commit"]);
+    let m = p.world.migrate("vm", "host-b").await;
+    p.state_is(&m, "committed").await;
+    for order in ["terminate", "suspend"] {
+        let answer = p.world.post(&format!("/v1/migrations/{m}/{order}"), &json!({})).await;
+        assert_eq!(answer.code(), "too-late");
+    }
+    p.manners(|m| m.ignores.clear());
+    assert_eq!(p.world.ended(&m).await["state"], "completed");
+    p.world.check_settled(p.vm, "host-b").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renunciation_frees_the_frozen_source_even_after_the_commit() {
+    let p = pair().await;
+    p.manners(|m| m.ignores = vec!["commit"]);
+    let m = p.world.migrate("vm", "host-b").await;
+    p.state_is(&m, "committed").await;
+    p.b.renounce(id(&m)).await;
+    let view = p.world.ended(&m).await;
+    assert_eq!((&view["state"], &view["problem"]["code"]), (&json!("failed"), &json!("target-failed")), "{view}");
+    p.world.check_settled(p.vm, "host-a").await;
+    assert_eq!(p.world.get("/v1/vms/vm").await["host"], "host-a");
+    // And it moves again, under fresh epochs.
+    p.manners(|m| m.ignores.clear());
+    let again = p.world.migrate("vm", "host-b").await;
+    assert_eq!(p.world.ended(&again).await["state"], "completed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn terminate_after_the_source_s_vote_waits_for_the_renunciation() {
+    let p = pair().await;
+    p.manners(|m| m.target_votes = false);
+    let m = p.world.migrate("vm", "host-b").await;
+    p.state_is(&m, "switchover").await;
+    p.world
+        .until("the vote is in", async || {
+            p.world.get(&format!("/v1/migrations/{m}")).await["digests"]["source"].is_string()
+        })
+        .await;
+    p.world.ok(&format!("/v1/migrations/{m}/terminate"), &json!({})).await;
+    assert_eq!(p.world.ended(&m).await["state"], "terminated");
+    assert!(p.a.seen.lock().unwrap().contains(&"renounced"), "the source was shown the proof");
+    p.world.check_settled(p.vm, "host-a").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_finding_of_the_inspector_terminates() {
+    let p = pair().await;
+    p.manners(|m| m.flows = false);
+    let m = p.world.migrate("vm", "host-b").await;
+    p.state_is(&m, "memory-transfer").await;
+    let finding = json!({
+        "rule": "INV-R4", "threat": "MM-02", "severity": "critical", "channel": 0, "offset": 77, "section": "ram",
+        "expected": "pc.ram", "found": "evil.ram", "response": "terminate",
+    });
+    p.b.event(id(&m), "finding", finding).await;
+    let view = p.world.ended(&m).await;
+    assert_eq!((&view["state"], &view["problem"]["code"]), (&json!("terminated"), &json!("stream-rejected")), "{view}");
+    assert_eq!(view["findings"][0]["rule"], "INV-R4");
+    p.world.check_settled(p.vm, "host-a").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_takes_no_part_cannot_speak_for_a_migration() {
+    let p = pair().await;
+    let stranger = p.world.host("host-c").await;
+    p.manners(|m| m.flows = false);
+    let m = p.world.migrate("vm", "host-b").await;
+    p.state_is(&m, "memory-transfer").await;
+    stranger.event(id(&m), "failed", json!({ "code": "terminated", "detail": "no" })).await;
+    stranger.event(id(&m), "stopped", json!({})).await;
+    // What the stranger says after is handled after: its load is in.
+    p.world.until("c is heard", async || p.world.get("/v1/hosts/host-c").await["state"] == "connected").await;
+    p.a.flow(id(&m)).await;
+    let view = p.world.ended(&m).await;
+    assert_eq!(view["state"], "completed", "{view}");
+}

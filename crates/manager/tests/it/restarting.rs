@@ -1,0 +1,62 @@
+//! The manager is killed at every step of a migration, and started again on the same folder. Whatever happens, one
+//! copy runs in the end, never two, nothing is left over, and the audit log is whole.
+
+use crate::fake_host::FakeHost;
+use crate::world::World;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use tokio::sync::Notify;
+
+/// Kills the manager at the step of this number (orders and statements of both hosts, as they come); returns whether
+/// there was one.
+async fn check(step: usize) -> bool {
+    let world = World::new();
+    let (a, b) = (world.host("host-a").await, world.host("host-b").await);
+    let vm = world.vm("vm", 1, "host-a").await;
+    let (counter, reached) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
+    for host in [&a, &b] {
+        hook(host, &counter, &reached, step);
+    }
+    let m = world.migrate("vm", "host-b").await;
+    let path = format!("/v1/migrations/{m}");
+    tokio::select! {
+        () = reached.notified() => tokio::task::block_in_place(|| {
+            world.kill();
+            world.start();
+        }),
+        () = async { world.ended(&m).await; } => {}
+    }
+    let view = world.ended(&m).await;
+    let state = view["state"].as_str().unwrap();
+    let on = if state == "completed" { "host-b" } else { "host-a" };
+    // The receipts are in; what a host still does with its answer takes a moment.
+    world.until("the VM settles", async || world.physical.lock().unwrap().on(vm) == [on]).await;
+    world.check_settled(vm, on).await;
+    assert_eq!(world.get("/v1/vms/vm").await["host"], on, "step {step}: {view}");
+    println!("step {step}: {state} {}", view["problem"]);
+    // Every step but those of the decision itself is gone through by the restarted manager to the good end.
+    if state != "completed" {
+        assert_eq!(state, "refused", "step {step}: {view}");
+    }
+    assert!(world.get(&path).await["ended_at"].is_string());
+    counter.load(Ordering::SeqCst) > step
+}
+
+fn hook(host: &FakeHost, counter: &Arc<AtomicUsize>, reached: &Arc<Notify>, step: usize) {
+    let (counter, reached) = (Arc::clone(counter), Arc::clone(reached));
+    *host.on_step.lock().unwrap() = Some(Box::new(move |_| {
+        if counter.fetch_add(1, Ordering::SeqCst) == step {
+            reached.notify_one();
+        }
+    }));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_killed_at_any_step_goes_on_where_the_rows_stand() {
+    let mut step = 0;
+    while check(step).await {
+        step += 1;
+        assert!(step < 60, "a migration has not so many steps");
+    }
+    assert!(step >= 10, "only {step} steps were seen");
+}
