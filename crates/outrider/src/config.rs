@@ -98,6 +98,11 @@ pub(crate) struct Loaded {
 }
 
 impl Loaded {
+    /// Whether there was a file.
+    pub(crate) fn is_read(&self) -> bool {
+        self.path.is_some()
+    }
+
     /// Puts a flag over the file's value.
     pub(crate) fn set(&mut self, key: &str, value: Option<impl Into<toml::Value>>) {
         if let Some(value) = value {
@@ -107,17 +112,17 @@ impl Loaded {
 
     /// The daemon's own configuration type.
     pub(crate) fn parse<T: DeserializeOwned>(self) -> Result<T, ConfigError> {
-        let merged = toml::Value::Table(self.table.clone()).try_into::<T>();
-        match (merged, &self.path) {
-            (Ok(config), _) => Ok(config),
-            (Err(error), Some(path)) => {
-                // The merged table has lost its lines: the same mistake is looked for in the file, which has them.
-                let located = toml::from_str::<T>(&self.text).err().unwrap_or(error);
-                Err(malformed(path, &self.text, &located, self.example))
-            }
-            (Err(error), None) => Err(ConfigError::Malformed {
+        let merged = match toml::Value::Table(self.table).try_into::<T>() {
+            Ok(config) => return Ok(config),
+            Err(error) => error,
+        };
+        // The merged table has no lines: the same mistake is looked for in the file, which has them.
+        match (self.path, toml::from_str::<T>(&self.text).err()) {
+            (Some(path), Some(error)) => Err(malformed(&path, &self.text, &error, self.example)),
+            // The file is good, or there is none: it is a flag, or a key that nobody gave.
+            (_, _) => Err(ConfigError::Malformed {
                 place: "settings".to_owned(),
-                reason: error.message().trim().replace('\n', "; "),
+                reason: one_line(&merged.to_string()),
                 example: self.example,
             }),
         }
@@ -125,23 +130,26 @@ impl Loaded {
 }
 
 fn malformed(path: &Path, text: &str, error: &toml::de::Error, example: &'static str) -> ConfigError {
-    ConfigError::Malformed {
-        place: place(&path.display().to_string(), text, error),
-        reason: error.message().trim().replace('\n', "; "),
-        example,
-    }
+    let (place, reason) = explain(&path.display().to_string(), text, error);
+    ConfigError::Malformed { place, reason, example }
 }
 
-/// `file:line`, or `file` when the mistake has no place (a missing key).
-pub(crate) fn place(file: &str, text: &str, error: &toml::de::Error) -> String {
-    match error.span() {
-        Some(span) if span.start > 0 || span.end < text.len() => {
-            let line =
-                1 + text.as_bytes()[..span.start.min(text.len())].iter().filter(|b| **b == b'\n').count();
-            format!("{file}:{line}")
-        }
-        _ => file.to_owned(),
-    }
+/// Where (`file:line`, or `file` for a missing key) and what is wrong, with the line itself, since the message
+/// alone may not name the key.
+pub(crate) fn explain(file: &str, text: &str, error: &toml::de::Error) -> (String, String) {
+    let reason = one_line(error.message());
+    let Some(span) = error.span().filter(|span| span.start > 0 || span.end < text.len()) else {
+        return (file.to_owned(), reason);
+    };
+    let before = text.get(..span.start).unwrap_or(text);
+    let number = 1 + before.matches('\n').count();
+    let line: String = text.lines().nth(number - 1).unwrap_or_default().trim().chars().take(80).collect();
+    let reason = if line.is_empty() { reason } else { format!("{reason}, in: {line}") };
+    (format!("{file}:{number}"), reason)
+}
+
+fn one_line(text: &str) -> String {
+    text.trim().replace('\n', "; ")
 }
 
 #[cfg(test)]
@@ -180,6 +188,7 @@ mod tests {
         assert!(unknown.starts_with("F:3: unknown field `prot`"), "{unknown}");
         let type_error = check("name = 'x'\nport = 'eighty'\n", None).unwrap_err();
         assert!(type_error.starts_with("F:2: invalid type"), "{type_error}");
+        assert!(type_error.ends_with(", in: port = 'eighty'"), "{type_error}");
         let syntax = check("port = 1\nname = \n", None).unwrap_err();
         assert!(syntax.starts_with("F:2: "), "{syntax}");
         let missing = check("name = 'x'\n", None).unwrap_err();

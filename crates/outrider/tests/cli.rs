@@ -403,6 +403,28 @@ fn a_broken_audit_log_is_exit_code_1() {
 }
 
 #[test]
+fn the_example_configurations_are_good_and_mistakes_name_the_line() {
+    let packaging = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging");
+    for (noun, file) in [("manager", "manager.toml"), ("host", "host.toml")] {
+        let text = std::fs::read_to_string(packaging.join(file)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(file);
+        let lines = text.lines().count();
+        // In front of any table, so that the key is the daemon's own.
+        std::fs::write(&path, format!("{}\n", text.replacen("\n\n", "\nunknown_key = 1\n", 1))).unwrap();
+        let ended = run(outrider(), &[noun, "run", "--config", path.to_str().unwrap()]);
+        assert_eq!(ended.code, 2, "{}", ended.stderr);
+        assert!(ended.stderr.contains("unknown field `unknown_key`"), "{}", ended.stderr);
+        let line = 1 + std::fs::read_to_string(&path)
+            .unwrap()
+            .lines()
+            .position(|l| l.starts_with("unknown_key"))
+            .unwrap();
+        assert!(ended.stderr.contains(&format!("{file}:{line}:")), "{lines} lines: {}", ended.stderr);
+    }
+}
+
+#[test]
 fn doctor_for_an_operator_needs_the_manager() {
     let manager = FakeManager::start(|asked, _| match asked.line.as_str() {
         "GET /healthz" | "GET /readyz" => Reply::Text(200, "ok".to_owned()),

@@ -3,7 +3,7 @@
 use super::{DONE, Outcome, read_input};
 use crate::args::{DefineVm, Format, VmCommand};
 use crate::client::Client;
-use crate::config::{MAX_FILE_BYTES, place};
+use crate::config::{MAX_FILE_BYTES, explain};
 use crate::error::InputError;
 use crate::output::{self, lists};
 use std::path::Path;
@@ -48,9 +48,9 @@ fn digest_of(file: &Path) -> Result<Digest, InputError> {
 fn read_spec(file: &Path) -> Result<VmSpec, InputError> {
     let text = read_input(file, MAX_FILE_BYTES)?;
     let name = if file == Path::new("-") { "standard input".to_owned() } else { file.display().to_string() };
-    let spec: VmSpec = toml::from_str(&text).map_err(|error| InputError::Malformed {
-        place: place(&name, &text, &error),
-        reason: error.message().trim().replace('\n', "; "),
+    let spec: VmSpec = toml::from_str(&text).map_err(|error| {
+        let (place, reason) = explain(&name, &text, &error);
+        InputError::Malformed { place, reason }
     })?;
     spec.validate().map_err(|reason| InputError::Malformed { place: name, reason })?;
     Ok(spec)
