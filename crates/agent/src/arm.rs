@@ -4,8 +4,10 @@
 use engine::inspect::{Inspector, Limits, Unsupported};
 use link::channel::{ChannelConfig, ChannelError, EphemeralKey};
 use permit::{KeyError, KeyRing, PermitRefusal, PermitToken, VerifiedPermit, VerifyingKey};
+use std::time::Duration;
 use types::handover::Side;
 use types::inventory::Inventory;
+use types::permit::PermitClaims;
 use types::{ErrorCode, MigrationId};
 
 /// What [`types::agent::ToAgent::Hello`] settled.
@@ -28,6 +30,17 @@ pub struct Armed {
     pub limits: Limits,
     /// What the stream must look like.
     pub inventory: Inventory,
+    /// How long the transfer may take from now: the duration budget or the run deadline, whichever is shorter.
+    pub time_left: Duration,
+}
+
+/// A day: longer budgets than this are as good as none, and can't overflow the clock.
+const MAX_TIME: Duration = Duration::from_secs(24 * 3600);
+
+fn time_left(claims: &PermitClaims, now_unix_s: u64) -> Duration {
+    let budget = Duration::from_millis(claims.duration_budget_ms);
+    let deadline = Duration::from_secs(claims.run_deadline_unix_s.saturating_sub(now_unix_s));
+    budget.min(deadline).min(MAX_TIME)
 }
 
 /// Why an agent will not serve.
@@ -99,7 +112,8 @@ pub fn arm(
     }
     let limits = Limits::of_permit(permit.claims()).map_err(Refusal::Unsupported)?;
     Inspector::new(&inventory, &limits).map_err(Refusal::Unsupported)?;
-    Ok(Armed { permit, limits, inventory })
+    let time_left = time_left(permit.claims(), now_unix_s);
+    Ok(Armed { permit, limits, inventory, time_left })
 }
 
 fn key_ring(keys: &[(String, String)]) -> Result<KeyRing, Refusal> {

@@ -45,25 +45,6 @@ impl OutQueue {
         &mut self.bytes
     }
 
-    /// Adds what can't be sent at once: saves a copy when the socket has room.
-    ///
-    /// # Errors
-    /// The socket is broken.
-    pub fn send_or_push(&mut self, socket: impl AsFd, bytes: &[u8]) -> Result<(), Errno> {
-        let mut rest = bytes;
-        while self.is_empty() && !rest.is_empty() {
-            match send_some(&socket, rest)? {
-                0 => break,
-                count => {
-                    self.total_sent += count as u64;
-                    rest = rest.get(count..).unwrap_or_default();
-                }
-            }
-        }
-        self.push(rest);
-        Ok(())
-    }
-
     /// Sends as much as the socket takes.
     ///
     /// # Errors

@@ -93,8 +93,8 @@ impl Source {
             hasher: blake3::Hasher::new(),
             stream_bytes: 0,
             byte_budget: claims.byte_budget,
-            time_budget: now + Duration::from_millis(claims.duration_budget_ms.min(MAX_TIME_BUDGET_MS)),
-            downtime_budget: Duration::from_millis(claims.downtime_budget_ms.min(MAX_TIME_BUDGET_MS)),
+            time_budget: now + armed.time_left,
+            downtime_budget: Duration::from_millis(claims.downtime_budget_ms).min(armed.time_left),
             stopped_since: None,
             end: EndDetector::new(armed.inventory.page_size_bytes, DEFAULT_DEVICE_STATE_BYTES),
             end_lost_logged: false,
@@ -310,9 +310,6 @@ impl Source {
         }
     }
 }
-
-/// A day: longer budgets than this are as good as none, and can't overflow the clock.
-pub(crate) const MAX_TIME_BUDGET_MS: u64 = 24 * 3600 * 1000;
 
 pub(crate) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)

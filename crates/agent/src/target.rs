@@ -8,10 +8,10 @@
 use crate::arm::Armed;
 use crate::effect::Effect;
 use crate::log;
-use crate::source::{MAX_TIME_BUDGET_MS, micros, return_finding};
+use crate::source::{micros, return_finding};
 use engine::inspect::{Inspector, Pages, Unsupported, finding};
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use types::ErrorCode;
 use types::agent::{EndedBy, FromAgent};
 use types::handover::{Digest, StreamEvidence};
@@ -46,14 +46,13 @@ impl Target {
     /// # Errors
     /// There is no inspector for this record and permit.
     pub fn new(armed: &Armed, now: Instant) -> Result<Self, Unsupported> {
-        let budget = armed.permit.claims().duration_budget_ms.min(MAX_TIME_BUDGET_MS);
         Ok(Self {
             stage: Stage::Receiving,
             inspector: Inspector::new(&armed.inventory, &armed.limits)?,
             hasher: blake3::Hasher::new(),
             held_since: None,
             released_bytes: 0,
-            time_budget: now + Duration::from_millis(budget),
+            time_budget: now + armed.time_left,
             suspended: false,
             returns: Decoder::default(),
             acknowledged: false,

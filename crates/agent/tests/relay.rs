@@ -452,6 +452,30 @@ fn the_sandbox_holds() {
 }
 
 #[test]
+fn the_run_deadline_holds() {
+    let stream = long_stream(5);
+    let mut pair = Pair::with_fake_qemus(&inventory(&stream), |claims| {
+        (claims.not_after_unix_s, claims.run_deadline_unix_s) = (NOW_UNIX_S + 1, NOW_UNIX_S + 1);
+    });
+    pair.source.wait(ended(EndedBy::Budget));
+}
+
+#[test]
+fn the_control_socket_may_have_any_number() {
+    let (ours, theirs) = support::packet_pair();
+    let agent = env!("CARGO_BIN_EXE_outrider-agent");
+    let process = Command::new("sh")
+        .args(["-c", "exec 7<&0 </dev/null; OUTRIDER_AGENT_FD=7 exec \"$0\"", agent])
+        .stdin(std::process::Stdio::from(theirs))
+        .spawn()
+        .unwrap();
+    let mut agent = Agent::adopt(process, ours, Side::Source);
+    agent.greet(migration());
+    agent.hang_up();
+    assert!(agent.exit().success());
+}
+
+#[test]
 fn nonsense_from_the_daemon_ends_the_agent() {
     let mut agent = Agent::start(Side::Source, migration());
     agent.send(&ToAgent::Hello { side: Side::Source, migration: migration() });

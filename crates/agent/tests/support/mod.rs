@@ -26,7 +26,7 @@ pub const NOW_UNIX_S: u64 = 1_900_000_000;
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A pair of connected packet sockets.
-fn packet_pair() -> (OwnedFd, OwnedFd) {
+pub fn packet_pair() -> (OwnedFd, OwnedFd) {
     socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
 }
 
@@ -55,22 +55,31 @@ impl Agent {
         let (ours, theirs) = packet_pair();
         let process =
             Command::new(env!("CARGO_BIN_EXE_outrider-agent")).stdin(Stdio::from(theirs)).spawn().unwrap();
-        let mut agent = Self {
+        let mut agent = Self::adopt(process, ours, side);
+        agent.greet(migration);
+        agent
+    }
+
+    /// An agent that the test started in its own way.
+    pub fn adopt(process: Child, control: OwnedFd, side: Side) -> Self {
+        Self {
             process,
-            control: Some(ours),
+            control: Some(control),
             spki: Vec::new(),
             sandbox: String::new(),
             side,
             said: Vec::new(),
-        };
-        agent.send(&ToAgent::Hello { side, migration });
-        let FromAgent::Ready { spki, sandbox, .. } = agent.wait(|m| matches!(m, FromAgent::Ready { .. }))
+        }
+    }
+
+    pub fn greet(&mut self, migration: MigrationId) {
+        self.send(&ToAgent::Hello { side: self.side, migration });
+        let FromAgent::Ready { spki, sandbox, .. } = self.wait(|m| matches!(m, FromAgent::Ready { .. }))
         else {
             unreachable!("waited for it")
         };
-        agent.spki = hex::decode(spki).unwrap();
-        agent.sandbox = sandbox;
-        agent
+        self.spki = hex::decode(spki).unwrap();
+        self.sandbox = sandbox;
     }
 
     pub fn send(&self, message: &ToAgent) {
