@@ -8,8 +8,11 @@
 //!    │  │   NO-VOTE,       │ RENOUNCED (adopted over the commit:
 //!    │  │   target fenced  │ location (target, t) -> (source, t+1))
 //!    │  └────────> Voided <┘
-//!    └── target fenced, registry restored ──> Discarded
+//!    └── target fenced, registry restored, and RELEASED ──> Discarded
 //! ```
+//! A commit whose target is fenced is discarded only when the source has said RELEASED: it may hold a renunciation
+//! that the registry has not heard of, and run.
+//!
 //! [`decide`] is given the row as one transaction read it and says what that transaction writes: the new row, and
 //! what happens to the VM's location, as a compare-and-swap on (host, epoch). **Row, location and audit entry are
 //! one transaction; orders go out after it.** Nothing is remembered outside the row: after a restart, after a lost
@@ -97,6 +100,9 @@ pub struct Open {
     pub abort: Option<AbortReason>,
     /// The source's receipt that its copy is destroyed (seen only by a restored registry, which forgot why).
     pub released: Option<StreamEvidence>,
+    /// The operator's word that the target is dead, given to a registry that may have committed without remembering
+    /// it: the source's own word decides whether its copy is stale.
+    pub target_fenced: bool,
 }
 
 /// See [`RowState::Committed`].
@@ -107,6 +113,9 @@ pub struct Committed {
     pub evidence: StreamEvidence,
     /// How the guest stood before.
     pub prior: PriorRunState,
+    /// The operator's word that the target is dead. The source may hold a renunciation already, and run: its own word
+    /// is awaited before the VM is given to its disk.
+    pub target_fenced: bool,
 }
 
 /// See [`RowState::Voided`].
@@ -375,12 +384,18 @@ pub(super) fn outstanding_under(rules: Rules, row: &HandoverRow) -> Vec<Order> {
     }
     match &row.state {
         RowState::Open(open) => {
+            if open.target_fenced {
+                orders.push(Order::Source(source::Order::Fenced { resolution: Resolution::Discard }));
+            }
             if let Some(reason) = &open.abort {
                 orders.push(Order::Source(source::Order::Abort { reason: reason.clone() }));
                 orders.push(Order::Target(target::Order::Abort { reason: reason.clone() }));
             }
         }
-        RowState::Committed(Committed { evidence, prior }) => {
+        RowState::Committed(Committed { target_fenced: true, .. }) => {
+            orders.push(Order::Source(source::Order::Fenced { resolution: Resolution::Discard }));
+        }
+        RowState::Committed(Committed { evidence, prior, .. }) => {
             orders.push(Order::Target(target::Order::Commit { evidence: *evidence, prior: *prior }));
             if !rules.has(Rule::ReleaseAfterRunning) {
                 orders.push(Order::Source(source::Order::Release));
@@ -515,14 +530,14 @@ impl Decider<'_> {
                     open.abort.clone().or(Some(AbortReason { code: ErrorCode::StreamRejected, detail }));
                 self.row.becomes(RowState::Open(Open { abort, ..open }), Decision::Keep)
             }
-            (Some(source), Some(_)) if open.abort.is_none() => self.commit(source),
+            (Some(source), Some(_)) if open.abort.is_none() && !open.target_fenced => self.commit(source),
             _ => self.row.becomes(RowState::Open(open), Decision::Keep),
         }
     }
 
     fn commit(&self, vote: &SourceVote) -> Outcome {
         let (from, to) = (self.row.at_source(), self.row.at_target());
-        let committed = Committed { evidence: vote.evidence, prior: vote.prior };
+        let committed = Committed { evidence: vote.evidence, prior: vote.prior, target_fenced: false };
         self.row.becomes(RowState::Committed(committed), Decision::Commit(Move { from, to }))
     }
 
@@ -653,6 +668,11 @@ impl Decider<'_> {
                 let state = RowState::Completed { receipt: receipt.clone() };
                 Ok(self.row.becomes(state, Decision::Keep))
             }
+            // The frozen copy of a commit, known or forgotten, whose target is dead.
+            RowState::Open(open) if open.target_fenced => Ok(self.discard(self.row.at_source(), true)),
+            RowState::Committed(committed) if committed.target_fenced => {
+                Ok(self.discard(self.row.at_target(), true))
+            }
             RowState::Open(open) => {
                 let open = Open { released: Some(evidence), ..open.clone() };
                 Ok(self.row.becomes(RowState::Open(open), Decision::Keep))
@@ -666,6 +686,9 @@ impl Decider<'_> {
     fn thawed(&self) -> Verdict {
         match &self.row.state {
             RowState::Voided(_) => Ok(self.source_settled()),
+            RowState::Open(open) if open.target_fenced => {
+                Ok(self.void(Grounds::TargetFenced, fenced("target"), true, true))
+            }
             // H8: a thawed source over a commit holds a renunciation; it shows it, and that is adopted. Nothing is
             // killed on suspicion.
             RowState::Open(_) | RowState::Committed(_) if self.rules.has(Rule::AdoptBeforeStopping) => {
@@ -693,15 +716,19 @@ impl Decider<'_> {
     }
 
     fn target_fenced(&self) -> Verdict {
-        let detail = "the operator's word: the target is dead and fenced".to_owned();
-        let reason = AbortReason { code: ErrorCode::HostUnreachable, detail };
         match &self.row.state {
             // H10: a registry that can't prove continuity may have committed, so the frozen copy may be stale.
-            RowState::Open(_) if self.row.continuity == Continuity::Unproven => {
-                Ok(self.discard(self.row.at_source()))
+            RowState::Open(open) if self.row.continuity == Continuity::Unproven => {
+                let abort = open.abort.clone().or(Some(fenced("target")));
+                let open = Open { target_fenced: true, abort, ..open.clone() };
+                Ok(self.row.becomes(RowState::Open(open), Decision::Keep))
             }
-            RowState::Open(_) => Ok(self.void(Grounds::TargetFenced, reason, false, true)),
-            RowState::Committed(_) | RowState::Running { .. } => Ok(self.discard(self.row.at_target())),
+            RowState::Open(_) => Ok(self.void(Grounds::TargetFenced, fenced("target"), false, true)),
+            RowState::Committed(committed) => {
+                let committed = Committed { target_fenced: true, ..committed.clone() };
+                Ok(self.row.becomes(RowState::Committed(committed), Decision::Keep))
+            }
+            RowState::Running { .. } => Ok(self.discard(self.row.at_target(), false)),
             RowState::Voided(voided) => {
                 let voided = Voided { target_settled: true, ..voided.clone() };
                 Ok(self.row.becomes(RowState::Voided(voided), Decision::Keep))
@@ -711,20 +738,22 @@ impl Decider<'_> {
         }
     }
 
-    fn discard(&self, from: Place) -> Outcome {
+    fn discard(&self, from: Place, source_settled: bool) -> Outcome {
         let to = Place { host: from.host.clone(), epoch: self.row.back_at_source().epoch };
-        let state = RowState::Discarded { source_settled: false };
+        let state = RowState::Discarded { source_settled };
         self.row.becomes(state, Decision::Discard(Move { from, to }))
     }
 
     fn source_fenced(&self) -> Verdict {
-        let detail = "the operator's word: the source is dead and fenced".to_owned();
-        let reason = AbortReason { code: ErrorCode::HostUnreachable, detail };
         match &self.row.state {
+            RowState::Open(open) if open.target_fenced => Ok(self.discard(self.row.at_source(), true)),
             RowState::Open(open) if open.source_vote.is_some() && open.target_vote.is_some() => {
                 self.source_silent()
             }
-            RowState::Open(_) => Ok(self.void(Grounds::SourceFenced, reason, true, false)),
+            RowState::Open(_) => Ok(self.void(Grounds::SourceFenced, fenced("source"), true, false)),
+            RowState::Committed(committed) if committed.target_fenced => {
+                Ok(self.discard(self.row.at_target(), true))
+            }
             RowState::Committed(_) => Ok(self.row.keep()),
             // A dead host needs no release.
             RowState::Running { receipt } => {
@@ -734,4 +763,9 @@ impl Decider<'_> {
             RowState::Completed { .. } => Ok(self.row.keep()),
         }
     }
+}
+
+fn fenced(side: &str) -> AbortReason {
+    let detail = format!("the operator's word: the {side} is dead and fenced");
+    AbortReason { code: ErrorCode::HostUnreachable, detail }
 }

@@ -312,6 +312,9 @@ impl Shared {
                 ];
                 (State::Stopping, Reaction::act(effects))
             }
+            Event::EndOfStream(_) if suspended && self.rules.has(Rule::StopWhileSuspendedAborts) => {
+                self.give_up(reason(ErrorCode::Terminated, "the stream ended while suspended"))
+            }
             // The VM agent may be faster than QMP; the proof asks for STOP anyway.
             Event::EndOfStream(evidence) => self.freeze(evidence, vec![self.journal(SourceFact::Freezing)]),
             Event::Order { order: Order::Suspend, .. } if !suspended => {
@@ -458,6 +461,10 @@ impl Shared {
             Event::GuestResumed | Event::Cancelled | Event::MigrationFailed { .. } => {
                 let text = "QEMU moved while it was held frozen under a vote; it is frozen again";
                 let effects = vec![Effect::Report(Weight::Breach, text.into()), Effect::Freeze];
+                (State::Voted { vote, asked }, Reaction::refused(Refusal::Contradiction, effects))
+            }
+            Event::FreezeFailed { detail } => {
+                let effects = vec![Effect::Report(Weight::Breach, detail.into())];
                 (State::Voted { vote, asked }, Reaction::refused(Refusal::Contradiction, effects))
             }
             // H10, and "abort changes nothing by itself": a Close without proof frees nobody.

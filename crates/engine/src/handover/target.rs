@@ -374,8 +374,7 @@ impl Shared {
                 self.renounce(reason(ErrorCode::TargetFailed, "QEMU refused to continue the VM"))
             }
             Event::ContRefused { .. } => {
-                let text =
-                    "QEMU refuses to continue the VM, which an earlier life of this daemon may have run";
+                let text = "QEMU refuses to continue the VM, which may have run already; it is tried again";
                 let effects = vec![Effect::Report(Weight::Notice, text.into()), resend_timer()];
                 (State::Starting { vote, prior, cont }, Reaction::act(effects))
             }

@@ -174,7 +174,7 @@ impl World<'_> {
         }
         match outcome.decision {
             Decision::Commit(_) | Decision::AdoptCommit(_) => self.migrations[m].committed = true,
-            Decision::Discard(_) => self.lost = true,
+            Decision::Discard(_) => (self.lost, self.discarded) = (true, true),
             _ => {}
         }
         self.manager.rows[m].row = outcome.row.clone();

@@ -104,6 +104,8 @@ pub(super) struct World<'a> {
     pub(super) latest: u64,
     /// Every valid copy was lost.
     pub(super) lost: bool,
+    /// The registry gave the VM to its disk: no copy of it may run any more.
+    pub(super) discarded: bool,
     pub(super) violation: Option<Violation>,
     log: Vec<String>,
 }
@@ -134,6 +136,7 @@ impl<'a> World<'a> {
             calm_from_ms: 0,
             latest: 0,
             lost: false,
+            discarded: false,
             violation: None,
             log: Vec::new(),
         };
@@ -305,6 +308,10 @@ impl<'a> World<'a> {
         for q in 0..self.qemus.len() {
             if !self.qemus[q].executes() {
                 continue;
+            }
+            if self.discarded {
+                let detail = format!("q{q} executes, and the VM restarts from its disk");
+                return self.violate(Invariant::I1AtMostOne, detail);
             }
             if let Some(other) = running.replace(q) {
                 let detail = format!("q{other} and q{q} both execute");

@@ -1,0 +1,246 @@
+//! Single rules of the hand-over that the simulation reaches rarely, by hand.
+#![allow(clippy::unwrap_used)]
+
+use outrider_engine::handover::decider::{self, Decision, HandoverRow, RowState};
+use outrider_engine::handover::journal::{Entry, NonceLedger, Recorded, attempts};
+use outrider_engine::handover::source::{self, Claim, Source};
+use outrider_engine::handover::target::{self, QemuStatus, RunState, Target};
+use outrider_engine::handover::{Attempt, QemuFacts, RenunciationProof, fresh_epochs};
+use types::handover::{
+    AbortReason, HandoverKey, PriorRunState, ReleaseReceipt, Renunciation, SourceVote, Statement,
+    StreamEvidence, TargetVote,
+};
+use types::{Digest, Epoch, ErrorCode, MigrationId, Nonce, Side, VmId};
+
+fn attempt(number: u8) -> Attempt {
+    let epochs = fresh_epochs(Epoch(u64::from(number) * 3)).unwrap();
+    Attempt {
+        key: HandoverKey {
+            migration: MigrationId::from_bytes([number; 16]),
+            vm: VmId::from_bytes([2; 16]),
+            source_epoch: epochs.source,
+            target_epoch: epochs.target,
+        },
+        permit: Digest([number; 32]),
+        nonce: Nonce::from_bytes([number; 16]),
+        source: "host-a".parse().unwrap(),
+        target: "host-b".parse().unwrap(),
+        target_journal: Nonce::from_bytes([5; 16]),
+        run_budget_ms: 60_000,
+    }
+}
+
+fn evidence() -> StreamEvidence {
+    StreamEvidence { stream_bytes: 1 << 20, digest: Digest([6; 32]) }
+}
+
+fn qemu() -> QemuFacts {
+    QemuFacts { pid: 42, start_time_ticks: 7, boot: Nonce::from_bytes([8; 16]) }
+}
+
+fn why() -> AbortReason {
+    AbortReason { code: ErrorCode::Terminated, detail: "the operator said so".to_owned() }
+}
+
+fn proof(attempt: &Attempt) -> RenunciationProof {
+    let Attempt { key, permit, source, target, target_journal: journal, .. } = attempt.clone();
+    RenunciationProof { renunciation: Renunciation { key, permit, source, target, journal }, token: vec![1] }
+}
+
+/// A daemon's journal, and its effects without the journal's.
+#[derive(Default)]
+struct Host {
+    journal: Vec<Entry>,
+}
+
+impl Host {
+    fn source(&mut self, effects: Vec<source::Effect>) -> Vec<source::Effect> {
+        let keep = |effect: source::Effect| match effect {
+            source::Effect::Journal(entry) => {
+                // Through the codec, as a real journal would.
+                let text = serde_json::to_string(&Entry::Source(entry)).unwrap();
+                self.journal.push(serde_json::from_str(&text).unwrap());
+                None
+            }
+            other => Some(other),
+        };
+        effects.into_iter().filter_map(keep).collect()
+    }
+
+    fn target(&mut self, effects: Vec<target::Effect>) -> Vec<target::Effect> {
+        let keep = |effect: target::Effect| match effect {
+            target::Effect::Journal(entry) => {
+                let text = serde_json::to_string(&Entry::Target(entry)).unwrap();
+                self.journal.push(serde_json::from_str(&text).unwrap());
+                None
+            }
+            other => Some(other),
+        };
+        effects.into_iter().filter_map(keep).collect()
+    }
+}
+
+fn start(host: &mut Host, number: u8) -> Source {
+    let (source, effects) =
+        Source::start(Claim::new([], []).unwrap(), attempt(number), qemu(), PriorRunState::Running);
+    host.source(effects);
+    source
+}
+
+fn feed_source(host: &mut Host, source: &mut Source, event: source::Event) -> Vec<source::Effect> {
+    host.source(source.handle(event).effects)
+}
+
+fn feed_target(host: &mut Host, target: &mut Target, event: target::Event) -> Vec<target::Effect> {
+    host.target(target.handle(event).effects)
+}
+
+fn voted_target(host: &mut Host) -> Target {
+    let (mut target, effects) = Target::prepare(attempt(1), &mut NonceLedger::default()).unwrap();
+    host.target(effects);
+    let paused = target::Event::QemuStatus(QemuStatus { completed: true, run: RunState::Paused });
+    for event in [target::Event::QemuPrepared(qemu()), target::Event::StreamAccepted(evidence()), paused] {
+        feed_target(host, &mut target, event);
+    }
+    assert_eq!(target.state_name(), "voted");
+    target
+}
+
+fn commit(prior: PriorRunState) -> target::Event {
+    let order = target::Order::Commit { evidence: evidence(), prior };
+    target::Event::Order { key: attempt(1).key, order }
+}
+
+#[test]
+fn a_vm_that_its_user_had_paused_stays_paused() {
+    let mut host = Host::default();
+    let mut target = voted_target(&mut host);
+    feed_target(&mut host, &mut target, commit(PriorRunState::Paused));
+    let paused = target::Event::QemuStatus(QemuStatus { completed: true, run: RunState::Paused });
+    let effects = feed_target(&mut host, &mut target, paused);
+    assert!(!effects.contains(&target::Effect::Cont), "{effects:?}");
+    let says = |e: &target::Effect| matches!(e, target::Effect::Send(Statement::Running(r)) if r.state == PriorRunState::Paused);
+    assert!(effects.iter().any(says), "{effects:?}");
+}
+
+/// H9: only the daemon's life that journalled RUN knows that nothing ran.
+#[test]
+fn an_earlier_life_may_have_run_it_so_a_refused_cont_does_not_renounce() {
+    let mut host = Host::default();
+    let mut target = voted_target(&mut host);
+    feed_target(&mut host, &mut target, commit(PriorRunState::Running));
+    let recovered = attempts(&host.journal);
+    let [Recorded::Target { entries, superseded: false, .. }] = recovered.as_slice() else {
+        panic!("{recovered:?}")
+    };
+    let (mut target, effects) = Target::recover(entries.iter().copied(), target::QemuSeen::Paused).unwrap();
+    assert_eq!(effects, vec![target::Effect::QueryQemu]);
+    target.handle(target::Event::QemuStatus(QemuStatus { completed: true, run: RunState::Paused }));
+    let effects = target.handle(target::Event::ContRefused { still_paused: true }).effects;
+    assert_eq!(target.state_name(), "starting-again", "{effects:?}");
+    let (dead, _) = Target::recover(entries.iter().copied(), target::QemuSeen::Dead).unwrap();
+    assert_eq!(dead.state_name(), "lost", "a QEMU that may have run is never renounced");
+}
+
+#[test]
+fn a_nonce_is_consumed_once_across_restarts() {
+    let mut host = Host::default();
+    let mut ledger = NonceLedger::default();
+    let (_, effects) = Target::prepare(attempt(1), &mut ledger).unwrap();
+    assert!(matches!(effects[0], target::Effect::Journal(_)), "the journal comes first: {effects:?}");
+    host.target(effects);
+    assert!(Target::prepare(attempt(1), &mut ledger).is_err());
+    let mut rebuilt = NonceLedger::rebuild(&host.journal);
+    assert!(Target::prepare(attempt(1), &mut rebuilt).is_err());
+    assert!(Target::decline(attempt(1), why(), &mut rebuilt).is_err());
+    assert!(Target::decline(attempt(2), why(), &mut rebuilt).is_ok());
+    assert!(Target::prepare(attempt(2), &mut rebuilt).is_err(), "a declined attempt can't be prepared later");
+}
+
+/// The simulation found it: an earlier attempt's unfinished abort thawed what a later attempt had frozen.
+#[test]
+fn an_attempt_that_still_has_to_free_its_qemu_blocks_the_next() {
+    let mut host = Host::default();
+    let mut first = start(&mut host, 1);
+    let order = source::Order::Abort { reason: why() };
+    let effects = feed_source(&mut host, &mut first, source::Event::Order { key: attempt(1).key, order });
+    assert!(effects.contains(&source::Effect::Thaw));
+    assert!(Claim::new([&first], []).is_none());
+    let close = source::Event::Order { key: attempt(1).key, order: source::Order::Close };
+    assert!(feed_source(&mut host, &mut first, close).is_empty(), "not before the guest runs");
+    feed_source(&mut host, &mut first, source::Event::Cancelled);
+    assert!(Claim::new([&first], []).is_some());
+    start(&mut host, 2);
+    let recovered = attempts(&host.journal);
+    let [Recorded::Source { entries, superseded: true, .. }, Recorded::Source { superseded: false, .. }] =
+        recovered.as_slice()
+    else {
+        panic!("{recovered:?}")
+    };
+    let (first, effects) = Source::recover(entries.iter().copied(), source::QemuSeen::Superseded).unwrap();
+    let touches =
+        |e: &source::Effect| matches!(e, source::Effect::Thaw | source::Effect::YankOrCancel { .. });
+    assert!(!effects.iter().any(touches), "{effects:?}");
+    assert!(Claim::new([&first], []).is_some());
+}
+
+/// The source may have thawed on a renunciation that the registry has not heard of: the operator's word about the
+/// target alone must not give the VM to its disk.
+#[test]
+fn a_fenced_commit_waits_for_the_word_of_the_source() {
+    let attempt = attempt(1);
+    let Attempt { key, permit, .. } = attempt;
+    let decide = |row: &HandoverRow, event| decider::decide(row, event).unwrap();
+    let says = |from, statement| decider::Event::Statement { from, statement };
+    let source_vote = SourceVote { key, permit, evidence: evidence(), prior: PriorRunState::Running };
+    let target_vote = TargetVote { key, permit, evidence: evidence() };
+    let row = decide(&HandoverRow::new(&attempt), says(Side::Source, Statement::Frozen(source_vote))).row;
+    let committed = decide(&row, says(Side::Target, Statement::Prepared(target_vote)));
+    assert!(matches!(committed.decision, Decision::Commit(_)));
+    let fenced = decide(&committed.row, decider::Event::TargetFenced);
+    assert_eq!(fenced.decision, Decision::Keep);
+
+    let thawed = decide(&fenced.row, decider::Event::Renounced(proof(&attempt)));
+    assert!(matches!(&thawed.decision, Decision::Void(step) if step.to.host == attempt.source));
+    let released = ReleaseReceipt { key, evidence: evidence() };
+    let killed = decide(&fenced.row, says(Side::Source, Statement::Released(released)));
+    assert!(matches!(killed.decision, Decision::Discard(_)));
+    assert!(
+        matches!(killed.row.state, RowState::Discarded { source_settled: true }) && killed.row.is_final()
+    );
+}
+
+#[test]
+fn every_attempt_burns_fresh_epochs_whatever_its_end() {
+    let first = fresh_epochs(Epoch(1)).unwrap();
+    let row = HandoverRow::new(&Attempt {
+        key: HandoverKey { source_epoch: first.source, target_epoch: first.target, ..attempt(1).key },
+        ..attempt(1)
+    });
+    let renounced = proof(&Attempt { key: row.key, ..attempt(1) });
+    let voided = decider::decide(&row, decider::Event::Renounced(renounced)).unwrap();
+    let Decision::Void(step) = voided.decision else { panic!("{:?}", voided.decision) };
+    assert_eq!(step.from.epoch, first.source);
+    assert!(step.to.epoch > first.target, "the target's epoch is burnt too");
+    assert!(fresh_epochs(step.to.epoch).unwrap().source > step.to.epoch);
+    assert_eq!(fresh_epochs(Epoch(u64::MAX - 2)), None);
+    assert_eq!(fresh_epochs(Epoch(u64::MAX)), None);
+}
+
+#[test]
+fn recovery_refuses_a_journal_that_is_not_one_attempts() {
+    let mut host = Host::default();
+    start(&mut host, 1);
+    start(&mut host, 2);
+    let mixed: Vec<_> = host
+        .journal
+        .iter()
+        .filter_map(|entry| match entry {
+            Entry::Source(entry) => Some(entry),
+            Entry::Target(_) => None,
+        })
+        .collect();
+    assert!(Source::recover(mixed, source::QemuSeen::Running).is_err());
+    assert!(Source::recover([], source::QemuSeen::Running).is_err());
+    assert!(Target::recover([], target::QemuSeen::Paused).is_err());
+}
