@@ -1,6 +1,7 @@
 //! Runs many seeds of the hand-over's simulation, or replays one.
 //!
 //! `cargo run -p outrider-engine --release --example sim -- --seeds 1000000 [--from 0]`
+//! `cargo run -p outrider-engine --release --example sim -- --pairs 1` (every pair of faults; a larger number skips)
 //! `OUTRIDER_SIM_SEED=42 cargo run -p outrider-engine --example sim`, or `-- --seed 42`
 
 use outrider_engine::handover::sim::{self, Options, plan::Plan};
@@ -17,8 +18,9 @@ fn main() -> std::process::ExitCode {
             ("--seeds", Some(n)) => seeds = n,
             ("--from", Some(n)) => from = n,
             ("--seed", Some(n)) => replay = Some(n),
+            ("--pairs", Some(n)) => return pairs(usize::try_from(n).unwrap_or(1)),
             _ => {
-                eprintln!("usage: sim [--seeds N] [--from N] [--seed N]");
+                eprintln!("usage: sim [--seeds N] [--from N] [--seed N] [--pairs STRIDE]");
                 return 2.into();
             }
         }
@@ -67,5 +69,20 @@ fn sweep(from: u64, seeds: u64) -> std::process::ExitCode {
     }
     let seconds = started.elapsed().as_secs_f64();
     println!("{seeds} seeds, no violation, {seconds:.1} s, {:.0} seeds/s", seeds as f64 / seconds);
+    0.into()
+}
+
+/// Every placement of two faults over the steps of one migration.
+fn pairs(stride: usize) -> std::process::ExitCode {
+    let started = Instant::now();
+    let mut plans = 0_u64;
+    for plan in Plan::systematic(true, stride) {
+        plans += 1;
+        if sim::run(&plan, Options::default()).violation.is_some() {
+            println!("{}", sim::explain(&plan, Options::default()));
+            return 1.into();
+        }
+    }
+    println!("{plans} placements of two faults, no violation, {:.1} s", started.elapsed().as_secs_f64());
     0.into()
 }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use outrider_engine::handover::decider::{self, Decision, HandoverRow, RowState};
-use outrider_engine::handover::journal::{Entry, NonceLedger, Recorded, attempts};
+use outrider_engine::handover::journal::{Entry, NonceLedger, Recorded, attempts, superseded};
 use outrider_engine::handover::source::{self, Claim, Source};
 use outrider_engine::handover::target::{self, QemuStatus, RunState, Target};
 use outrider_engine::handover::{Attempt, QemuFacts, RenunciationProof, fresh_epochs};
@@ -177,6 +177,7 @@ fn an_attempt_that_still_has_to_free_its_qemu_blocks_the_next() {
     else {
         panic!("{recovered:?}")
     };
+    assert!(superseded(&host.journal, &attempt(1).key) && !superseded(&host.journal, &attempt(2).key));
     let (first, effects) = Source::recover(entries.iter().copied(), source::QemuSeen::Superseded).unwrap();
     let touches =
         |e: &source::Effect| matches!(e, source::Effect::Thaw | source::Effect::YankOrCancel { .. });

@@ -70,3 +70,15 @@ fn replay() {
     println!("{}", report.log.join("\n"));
     assert_eq!(report.violation, None, "seed {seed}");
 }
+
+/// Every single fault at every step of a migration, and a spread of the pairs (`--example sim -- --pairs 1` runs all).
+#[test]
+fn every_fault_at_every_step() {
+    let mut plans = 0;
+    for plan in Plan::systematic(true, 97) {
+        let report = sim::run(&plan, Options::default());
+        assert!(report.violation.is_none(), "{}", sim::explain(&plan, Options::default()));
+        plans += 1;
+    }
+    assert!(plans > 30_000, "only {plans} plans");
+}

@@ -99,9 +99,11 @@ pub struct Open {
     /// Somebody wants it ended.
     pub abort: Option<AbortReason>,
     /// The source's receipt that its copy is destroyed (seen only by a restored registry, which forgot why).
+    #[serde(default)]
     pub released: Option<StreamEvidence>,
     /// The operator's word that the target is dead, given to a registry that may have committed without remembering
     /// it: the source's own word decides whether its copy is stale.
+    #[serde(default)]
     pub target_fenced: bool,
 }
 
@@ -115,6 +117,7 @@ pub struct Committed {
     pub prior: PriorRunState,
     /// The operator's word that the target is dead. The source may hold a renunciation already, and run: its own word
     /// is awaited before the VM is given to its disk.
+    #[serde(default)]
     pub target_fenced: bool,
 }
 

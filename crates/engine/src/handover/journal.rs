@@ -189,6 +189,20 @@ pub fn attempts<'a>(journal: impl IntoIterator<Item = &'a Entry>) -> Vec<Recorde
     recorded
 }
 
+/// Whether a later attempt was opened on the QEMU of this one's VM, so that it must be recovered with
+/// `QemuSeen::Superseded`, whatever is seen of the process. `journal` is the whole journal of the host, oldest first.
+pub fn superseded<'a>(journal: impl IntoIterator<Item = &'a Entry>, key: &HandoverKey) -> bool {
+    let mut known = false;
+    for entry in journal {
+        known |= entry.key() == key;
+        let opens = matches!(entry, Entry::Source(SourceEntry { fact: SourceFact::Opened { .. }, .. }));
+        if known && opens && entry.key() != key && entry.key().vm == key.vm {
+            return true;
+        }
+    }
+    false
+}
+
 /// Every attempt before this one has let go of the VM's QEMU ([`super::source::Claim`]).
 fn supersede(recorded: &mut [Recorded<'_>], by: &HandoverKey) {
     for earlier in recorded {

@@ -43,9 +43,11 @@
 //!    An event that arrives meanwhile waits in a queue.
 //! 2. `Journal` is durable before the next effect starts. If it fails, or any effect's outcome is unknown, the
 //!    daemon treats the machine as crashed: drop it, recover it from the journal.
-//! 3. Every effect is idempotent, because a restart may repeat it.
+//! 3. Every effect is idempotent, because a restart may repeat it. A restart recovers an attempt as superseded when a
+//!    later one was opened on the same VM ([`journal::superseded`]): a freeze that is seen may be the later one's.
 //! 4. Statements are verified (signature, signer, permit) before they become events.
-//! 5. Timers are monotonic. They wake; they decide nothing.
+//! 5. Timers are monotonic. They wake; they decide nothing, so a shell may fire one early (a permit with a smaller
+//!    downtime budget) without harm.
 //! 6. An order to end an attempt that no machine knows (PREPARE or START was lost, or is late), or a renunciation of
 //!    one that was never started here, makes a machine that declines it: [`source::Source::decline`], [`target::Target::decline`]. A request to renounce that no machine
 //!    knows is answered with [`TargetStatus::NoRecord`].

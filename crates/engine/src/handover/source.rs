@@ -17,13 +17,14 @@
 //! From `Voted` on the guest is frozen, and no timer, order or guess of this daemon lets it run again: only the two
 //! edges that the drawing names leave the state.
 
+mod claim;
 mod messages;
 mod recover;
 
+pub use self::claim::Claim;
 pub use self::messages::{Effect, Event, Order, Outcome, QemuSeen};
 use self::recover::Past;
 use super::journal::{SourceEntry, SourceFact};
-use super::target::Target;
 use super::{
     Attempt, FROZEN_WATCHDOG_MS, QemuFacts, RESEND_MS, Reaction, RecoverError, Refusal, RenunciationProof,
     Resolution, Rule, Rules, SWITCHOVER_LIMIT_MS, TargetStatus, TimerKind, Weight, key_matches, reason,
@@ -39,23 +40,6 @@ use types::handover::{
 pub struct Source {
     shared: Shared,
     state: State,
-}
-
-/// The right to start an attempt on the VM's QEMU: no earlier attempt will touch that QEMU any more. Without it a
-/// late abort of the attempt before thaws what this one has frozen.
-#[derive(Debug)]
-pub struct Claim(());
-
-impl Claim {
-    /// From every machine of this VM on this host. `None`: one still has something to do to its QEMU; decline, and
-    /// the manager asks again.
-    pub fn new<'a>(
-        sources: impl IntoIterator<Item = &'a Source>,
-        targets: impl IntoIterator<Item = &'a Target>,
-    ) -> Option<Self> {
-        let free = sources.into_iter().all(Source::has_let_go) && targets.into_iter().all(Target::has_let_go);
-        free.then_some(Self(()))
-    }
 }
 
 /// What every state has.

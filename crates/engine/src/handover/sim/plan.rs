@@ -183,6 +183,26 @@ impl Plan {
         Self { seed, migrations, strikes, loss, duplication, delay, chaos_ms, eager_end }
     }
 
+    /// Every placement of at most two faults (one, with `pairs` false) over the steps of one migration with a good
+    /// network: not a sample. `stride` skips all but one in so many of the pairs.
+    pub fn systematic(pairs: bool, stride: usize) -> impl Iterator<Item = Self> {
+        let singles: Vec<Strike> = (1..=STEPS_PER_MIGRATION)
+            .flat_map(|step| every_fault().into_iter().map(move |fault| Strike { step, fault }))
+            .collect();
+        let plan = |mut strikes: Vec<Strike>| {
+            strikes.sort_by_key(|s| s.step);
+            let (loss, duplication, delay) = (0, 0, 0);
+            Self { seed: 1, migrations: 1, strikes, loss, duplication, delay, chaos_ms: 0, eager_end: false }
+        };
+        let seconds = if pairs { singles.clone() } else { Vec::new() };
+        let firsts = singles.clone();
+        let two = firsts.into_iter().enumerate().flat_map(move |(i, first)| {
+            let later = seconds.clone().into_iter().skip(i).step_by(stride.max(1));
+            later.map(move |second| plan(vec![first, second]))
+        });
+        singles.into_iter().map(move |strike| plan(vec![strike])).chain(two)
+    }
+
     /// Plans with one thing less.
     #[must_use]
     pub fn smaller(&self) -> Vec<Self> {
@@ -205,6 +225,35 @@ impl Plan {
         }
         plans
     }
+}
+
+/// One of each kind, for the systematic exploration.
+fn every_fault() -> Vec<Fault> {
+    use Moment::{Ask, Cont, Freeze, Journal, Kill, Send, SendRenounced, Thaw};
+    let mut faults = vec![
+        Fault::CrashManager { down_ms: 500 },
+        Fault::LoseManager,
+        Fault::CutChannel,
+        Fault::WithholdTail,
+        Fault::DropReverse,
+        Fault::Suspend { ms: 100 },
+        Fault::Terminate,
+        Fault::RefuseCont,
+        Fault::FailFreeze,
+        Fault::RestoreRegistry { back: 1 },
+        Fault::RestoreRegistry { back: 2 },
+    ];
+    for host in 0..2 {
+        faults.extend([Fault::CrashDaemon { host, down_ms: 5 }, Fault::CrashDaemon { host, down_ms: 2_500 }]);
+        faults.extend([Fault::LoseHost { host }, Fault::KillQemu { host }, Fault::ClockJump { host }]);
+        for moment in [Ask, Cont, Freeze, Journal, Kill, Send, SendRenounced, Thaw] {
+            faults.push(Fault::CrashAfter { host, moment, down_ms: 50 });
+        }
+    }
+    for (from, to) in [(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)] {
+        faults.push(Fault::CutLink { from, to, ms: 2_000 });
+    }
+    faults
 }
 
 fn fault(rng: &mut Rng) -> Fault {

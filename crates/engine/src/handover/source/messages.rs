@@ -115,7 +115,7 @@ pub enum Effect {
         /// How the guest stood before.
         prior: PriorRunState,
     },
-    /// Tell the VM agent that FROZEN is journalled: its guard ([`super::FREEZE_GUARD_MS`]) ends.
+    /// Tell the VM agent that FROZEN is journalled: its guard ([`super::super::FREEZE_GUARD_MS`]) ends.
     TellAgentFrozen,
     /// Sign and send to the manager.
     Send(Statement),
