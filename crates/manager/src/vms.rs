@@ -3,6 +3,7 @@
 use crate::core::Manager;
 use crate::http::Caller;
 use crate::migration::gates::unexpected;
+use crate::migration::handover;
 use crate::migration::request::{require_host, state_text, unknown_vm};
 use api::fleet::{RunningVm, StartVm, StopVm, VmEvent, reply, to_host};
 use api::http::VmView;
@@ -189,8 +190,15 @@ pub(crate) async fn reported(manager: &Manager, host: &HostName, event: &VmEvent
     };
     let mut tx = manager.begin("VM event").await?;
     let Some(row) = tx.vm(id).await? else { return Ok(()) };
+    if let Some(open) = tx.open_migration_of(id).await? {
+        if state == VmState::Failed && (open.source == *host || open.target == *host) {
+            handover::note_death(&mut tx, open, host).await?;
+            tx.commit().await?;
+        }
+        return Ok(());
+    }
     let Some(at) = row.location().filter(|at| at.host == *host) else { return Ok(()) };
-    if tx.open_migration_of(id).await?.is_some() || row.state == state || row.state == VmState::Starting {
+    if row.state == state || row.state == VmState::Starting {
         return Ok(());
     }
     if state == VmState::Defined {

@@ -7,10 +7,10 @@
 
 use crate::error::RegistryError;
 use crate::tx::{Tx, column, document, unsigned};
+use permit::chain::Head;
 use serde::Serialize;
 use serde_json::Value;
 use sqlx::any::AnyRow;
-use permit::chain::Head;
 use types::Digest;
 
 /// Entries are read in pages of this size when the chain is verified: the log may be longer than memory.
@@ -218,7 +218,9 @@ fn check_next(row: &AnyRow, head: Head, anchor: Option<(u64, Digest)>) -> Result
         return Err("its content does not match its hash".to_owned());
     }
     if anchor.is_some_and(|(sequence, hash)| sequence == entry.sequence && hash != entry.hash) {
-        return Err("the chain was rewritten: it differs from the anchor kept outside of the database".to_owned());
+        return Err(
+            "the chain was rewritten: it differs from the anchor kept outside of the database".to_owned()
+        );
     }
     Ok(next)
 }

@@ -74,11 +74,10 @@ impl Tx {
         let name = self.name;
         if let On::Write { connection: slot, .. } = &mut self.on
             && let Some(mut connection) = slot.take()
+            && let Err(error) = sqlx::query("COMMIT").execute(&mut *connection).await
         {
-            if let Err(error) = sqlx::query("COMMIT").execute(&mut *connection).await {
-                connection.close_on_drop();
-                return Err(RegistryError::from_sqlx(name, error));
-            }
+            connection.close_on_drop();
+            return Err(RegistryError::from_sqlx(name, error));
         }
         let duration_ms = self.began.elapsed().as_millis();
         if duration_ms > SLOW_TRANSACTION_MS {

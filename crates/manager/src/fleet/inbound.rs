@@ -4,21 +4,34 @@ use super::Session;
 use crate::core::Manager;
 use crate::migration::{events, gates, handover};
 use crate::vms;
-use api::fleet::{AskRenounce, Hello, StatementStored, ToManager, to_host, to_manager};
+use api::fleet::{AskRenounce, Hello, MigrationEvent, StatementStored, ToManager, to_host, to_manager};
 use engine::handover::RenunciationProof;
 use engine::handover::decider::Event;
 use permit::SignatureError;
 use permit::{SignedStatement, VerifyingKey, statement};
 use registry::Tx;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
 use types::handover::Statement;
 use types::{Digest, ErrorCode, HostName, Problem, Side};
 
 /// Statements that a hello may present: far more than a host has open hand-overs.
 const OPEN_STATEMENTS_LIMIT: usize = 1_024;
+/// Events of a host that wait to be taken in.
+pub(super) const NEWS_BACKLOG_EVENTS: usize = 512;
+/// How long a final statement waits for the news before it.
+const CATCH_UP_LIMIT: Duration = Duration::from_secs(2);
+/// Events that share a transaction.
+const NEWS_BATCH_EVENTS: usize = 64;
 
 /// One message. What it is about may be wrong; the session goes on.
-pub(super) async fn message(manager: &Arc<Manager>, session: &Arc<Session>, message: ToManager) {
+pub(super) async fn message(
+    manager: &Arc<Manager>,
+    session: &Arc<Session>,
+    news: &mpsc::Sender<News>,
+    message: ToManager,
+) {
     use to_manager::Body as B;
     let host = &session.host;
     let result = match message.body {
@@ -27,16 +40,58 @@ pub(super) async fn message(manager: &Arc<Manager>, session: &Arc<Session>, mess
             Ok(())
         }
         Some(B::Heartbeat(beat)) => heartbeat(session, &beat.load_json),
-        Some(B::Statement(signed)) => stated(manager, session, signed.token).await,
-        Some(B::Event(event)) => events::received(manager, host, event).await,
+        Some(B::Statement(signed)) => stated(manager, session, Some(news), signed.token).await,
+        Some(B::Event(event)) => {
+            // A full queue holds the host back rather than losing what it says.
+            drop(news.send(News::Event(event)).await);
+            Ok(())
+        }
         Some(B::VmEvent(event)) => vms::reported(manager, host, &event).await,
-        Some(B::AskRenounce(ask)) => asked(manager, session, ask).await,
+        Some(B::AskRenounce(ask)) => asked(manager, session, news, ask).await,
         Some(B::Hello(_)) => Err(Problem::new(ErrorCode::BadRequest, "a second hello in one session")),
         // From a newer host: not understood, not harmful.
         None => Ok(()),
     };
     if let Err(problem) = result {
         tracing::warn!(%host, code = %problem.code, "message not taken: {}", problem.detail);
+    }
+}
+
+/// What waits to be taken in.
+pub(super) enum News {
+    Event(MigrationEvent),
+    /// Everything before it is taken in.
+    Caught(oneshot::Sender<()>),
+}
+
+/// Takes a session's events in, many at a time while they come faster than they are written.
+pub(super) async fn take_news(manager: Arc<Manager>, host: HostName, mut news: mpsc::Receiver<News>) {
+    let mut batch = Vec::with_capacity(NEWS_BATCH_EVENTS);
+    while news.recv_many(&mut batch, NEWS_BATCH_EVENTS).await > 0 {
+        let (mut happened, mut waiting) = (Vec::new(), Vec::new());
+        for item in batch.drain(..) {
+            match item {
+                News::Event(event) => happened.push(event),
+                News::Caught(waiter) => waiting.push(waiter),
+            }
+        }
+        events::received(&manager, &host, happened).await;
+        for waiter in waiting {
+            // Whoever waited may have gone.
+            waiter.send(()).unwrap_or_default();
+        }
+    }
+}
+
+/// Statements that end something come after the news about it, so that a report is whole when it is final. Votes and
+/// the running receipt are in a hurry: the guest stands still.
+async fn catch_up(news: &mpsc::Sender<News>, statement: &Statement) {
+    if matches!(statement, Statement::Frozen(_) | Statement::Prepared(_) | Statement::Running(_)) {
+        return;
+    }
+    let (caught, waiting) = oneshot::channel();
+    if news.send(News::Caught(caught)).await.is_ok() {
+        drop(tokio::time::timeout(CATCH_UP_LIMIT, waiting).await);
     }
 }
 
@@ -57,7 +112,7 @@ pub(super) async fn greeted(manager: &Arc<Manager>, session: &Arc<Session>, hell
         tracing::warn!(%host, "cannot reconcile its VMs: {problem}");
     }
     for token in hello.open_statements.into_iter().take(OPEN_STATEMENTS_LIMIT) {
-        if let Err(problem) = stated(manager, session, token).await {
+        if let Err(problem) = stated(manager, session, None, token).await {
             tracing::warn!(%host, code = %problem.code, "statement not taken: {}", problem.detail);
         }
     }
@@ -79,12 +134,22 @@ pub(super) async fn lost(manager: &Arc<Manager>, host: &HostName, why: &str) {
 }
 
 /// A signed statement: verified, then stored and applied in one transaction, then confirmed.
-async fn stated(manager: &Arc<Manager>, session: &Arc<Session>, token: Vec<u8>) -> Result<(), Problem> {
+async fn stated(
+    manager: &Arc<Manager>,
+    session: &Arc<Session>,
+    news: Option<&mpsc::Sender<News>>,
+    token: Vec<u8>,
+) -> Result<(), Problem> {
     let digest = Digest::of(&token);
     let signed = SignedStatement::from_bytes(token)
         .map_err(|e| Problem::new(ErrorCode::BadRequest, format!("not a statement: {e}")))?;
-    let mut tx = manager.begin("statement").await?;
+    let mut tx = manager.registry.read("signer").await?;
     let (signer, key, statement) = verified(&mut tx, &session.host, &signed).await?;
+    drop(tx);
+    if let Some(news) = news {
+        catch_up(news, &statement).await;
+    }
+    let mut tx = manager.begin("statement").await?;
     let taken = match &statement {
         Statement::Request(request) => match gates::requested(manager, &mut tx, &signer, request).await {
             Ok(row) => {
@@ -225,9 +290,14 @@ async fn refused_request(
 
 /// The frozen source asks for a renunciation through the manager. With its signed ask it is a statement; without one
 /// it is only a reason to look.
-async fn asked(manager: &Arc<Manager>, session: &Arc<Session>, ask: AskRenounce) -> Result<(), Problem> {
+async fn asked(
+    manager: &Arc<Manager>,
+    session: &Arc<Session>,
+    news: &mpsc::Sender<News>,
+    ask: AskRenounce,
+) -> Result<(), Problem> {
     if !ask.request.is_empty() {
-        return stated(manager, session, ask.request).await;
+        return stated(manager, session, Some(news), ask.request).await;
     }
     let key: types::HandoverKey = serde_json::from_str(&ask.key_json)
         .map_err(|e| Problem::new(ErrorCode::BadRequest, format!("malformed key: {e}")))?;

@@ -208,6 +208,8 @@ fn welcome(manager: &Manager) -> Welcome {
 
 /// Reads a session to its end, one message after the other.
 async fn serve(manager: Arc<Manager>, session: Arc<Session>, mut incoming: Streaming<ToManager>) {
+    let (news, backlog) = mpsc::channel(inbound::NEWS_BACKLOG_EVENTS);
+    manager.tasks.spawn(inbound::take_news(Arc::clone(&manager), session.host.clone(), backlog));
     let silence = Duration::from_secs(u64::from(3 * HEARTBEAT_IDLE_S + 1));
     let why = loop {
         let message = tokio::select! {
@@ -218,7 +220,7 @@ async fn serve(manager: Arc<Manager>, session: Arc<Session>, mut incoming: Strea
         match message {
             Ok(Ok(Some(message))) => {
                 session.heard();
-                inbound::message(&manager, &session, message).await;
+                inbound::message(&manager, &session, &news, message).await;
             }
             Ok(Ok(None)) => break "it closed the stream".to_owned(),
             Ok(Err(status)) => break status.message().to_owned(),

@@ -63,12 +63,38 @@ struct EndedDetail {
     detail: String,
 }
 
-/// An event of a host.
+/// A validated event.
+type Seen = (MigrationId, EventRow);
+
+/// Events of one host, in the order in which they came; those that are kept share one transaction. Statements do not
+/// wait here: a vote must not stand behind the news about it.
 pub(crate) async fn received(
     manager: &Arc<Manager>,
     from: &HostName,
-    event: api::fleet::MigrationEvent,
-) -> Result<(), Problem> {
+    events: Vec<api::fleet::MigrationEvent>,
+) {
+    let mut kept = Vec::new();
+    for event in events {
+        let taken = read(from, event).and_then(|(id, seen)| {
+            if seen.kind == "progress" {
+                return progress(manager, from, id, &seen);
+            }
+            kept.push((id, seen));
+            Ok(())
+        });
+        if let Err(problem) = taken {
+            tracing::warn!(host = %from, code = %problem.code, "event not taken: {}", problem.detail);
+        }
+    }
+    if kept.is_empty() {
+        return;
+    }
+    if let Err(problem) = keep_all(manager, from, kept).await {
+        tracing::warn!(host = %from, code = %problem.code, "events not kept: {}", problem.detail);
+    }
+}
+
+fn read(from: &HostName, event: api::fleet::MigrationEvent) -> Result<Seen, Problem> {
     let malformed = |what: &str| {
         Problem::new(ErrorCode::BadRequest, format!("host {from} sent an event with a malformed {what}"))
     };
@@ -85,16 +111,12 @@ pub(crate) async fn received(
         text => serde_json::from_str(text).map_err(|_| malformed("detail"))?,
     };
     let at_us = i64::try_from(event.at_unix_us).unwrap_or(i64::MAX);
-    let seen = EventRow { sequence: 0, at_us, host: from.to_string(), kind: event.kind, detail };
-    if seen.kind == "progress" {
-        return progress(manager, from, id, seen);
-    }
-    keep(manager, from, id, seen).await
+    Ok((id, EventRow { sequence: 0, at_us, host: from.to_string(), kind: event.kind, detail }))
 }
 
 /// Counters move too fast for the registry: they stay in memory and go to those who watch.
-fn progress(manager: &Manager, from: &HostName, id: MigrationId, seen: EventRow) -> Result<(), Problem> {
-    let detail: ProgressDetail = parse(from, &seen)?;
+fn progress(manager: &Manager, from: &HostName, id: MigrationId, seen: &EventRow) -> Result<(), Problem> {
+    let detail: ProgressDetail = parse(from, seen)?;
     let now_us = clock::now_us();
     manager.watch.update(id, |p| {
         if detail.stream_bytes > p.stream_bytes {
@@ -104,17 +126,40 @@ fn progress(manager: &Manager, from: &HostName, id: MigrationId, seen: EventRow)
         // The source counts what it sent, the target what it received; never more than a channel's overhead apart.
         p.wire_bytes = p.wire_bytes.max(detail.wire_bytes);
     });
-    publish(manager, id, &seen);
+    publish(manager, id, seen);
     Ok(())
 }
 
+async fn keep_all(manager: &Arc<Manager>, from: &HostName, kept: Vec<Seen>) -> Result<(), Problem> {
+    let mut tx = manager.begin("events").await?;
+    let mut told = Vec::new();
+    for (id, seen) in kept {
+        match keep(&mut tx, from, id, &seen).await {
+            Ok(open) => told.push((id, seen, open)),
+            Err(problem) if problem.code == ErrorCode::RegistryUnavailable => return Err(problem),
+            // Refused before anything of it was written.
+            Err(problem) => {
+                tracing::warn!(host = %from, code = %problem.code, "event not taken: {}", problem.detail);
+            }
+        }
+    }
+    tx.commit().await?;
+    for (id, seen, open) in told {
+        publish(manager, id, &seen);
+        if open {
+            manager.wake(id);
+        }
+    }
+    Ok(())
+}
+
+/// Keeps one event; returns whether its migration is open.
 async fn keep(
-    manager: &Arc<Manager>,
+    tx: &mut registry::Tx,
     from: &HostName,
     id: MigrationId,
-    seen: EventRow,
-) -> Result<(), Problem> {
-    let mut tx = manager.begin("event").await?;
+    seen: &EventRow,
+) -> Result<bool, Problem> {
     let Some(mut row) = tx.migration(id).await? else { return Err(handover::unknown(id)) };
     let side = match () {
         () if row.source == *from => Side::Source,
@@ -125,7 +170,7 @@ async fn keep(
         }
     };
     let mut facts = Facts::of(&row)?;
-    let wish = absorb(&mut facts, from, side, &seen, tx.now_us())?;
+    let wish = absorb(&mut facts, from, side, seen, tx.now_us())?;
     row.facts = facts.text();
     if row.open
         && let Some(held) = handover::read(&row)?
@@ -133,16 +178,11 @@ async fn keep(
         row.state = handover::state_of(&held, &facts, &row);
     }
     tx.save_migration(&row).await?;
-    tx.add_event(id, &seen, EVENTS_LIMIT).await?;
+    tx.add_event(id, seen, EVENTS_LIMIT).await?;
     if let Some(problem) = wish.filter(|_| row.open) {
-        wish_end(&mut tx, from, &row, problem).await?;
+        wish_end(tx, from, &row, problem).await?;
     }
-    tx.commit().await?;
-    publish(manager, id, &seen);
-    if row.open {
-        manager.wake(id);
-    }
-    Ok(())
+    Ok(row.open)
 }
 
 /// Something broke on one side: the attempt is to end, unless both sides have voted.

@@ -15,6 +15,9 @@ use types::migration::{DigestsView, MigrationState};
 use types::vm::VmState;
 use types::{ErrorCode, HandoverKey, HostName, MigrationId, Problem, Side};
 
+/// How long a report waits for the guest's first answer; guests answer within some ten milliseconds.
+pub(crate) const RESPONSIVE_LIMIT_US: i64 = 3_000_000;
+
 /// The row as the registry holds it.
 pub(crate) fn text(row: &HandoverRow) -> String {
     serde_json::to_string(row).expect("a hand-over row holds text, numbers and lists, all of which serialise")
@@ -108,7 +111,7 @@ async fn settle(
     row.handover = Some(text(&outcome.row));
     row.facts = facts.text();
     if was_open && outcome.row.is_final() {
-        close(tx, row, &outcome.row).await?;
+        close_when_reported(tx, row, &facts, &outcome.row).await?;
     }
     tx.save_migration(row).await?;
     if let Some(action) = audited(held, &outcome) {
@@ -153,8 +156,51 @@ async fn move_location(tx: &mut Tx, row: &MigrationRow, decision: &Decision) -> 
     Ok(())
 }
 
+/// A VM that moved may still be answering the responsiveness probe: the report waits for it a little.
+///
+/// # Errors
+/// The registry fails.
+pub(crate) async fn close_when_reported(
+    tx: &mut Tx,
+    row: &mut MigrationRow,
+    facts: &Facts,
+    handover: &HandoverRow,
+) -> Result<bool, Problem> {
+    let moved = matches!(handover.state, RowState::Completed { .. });
+    let waited_us = tx.now_us().saturating_sub(facts.running_us.unwrap_or(0));
+    if moved && facts.time_to_responsiveness_ms.is_none() && waited_us < RESPONSIVE_LIMIT_US {
+        row.state = MigrationState::NetworkCleanup;
+        return Ok(false);
+    }
+    close(tx, row, facts, handover).await?;
+    row.state = state_of(handover, facts, row);
+    Ok(true)
+}
+
+/// Closes a migration whose hand-over is final, once its report is whole or the time for it is over.
+///
+/// # Errors
+/// The registry fails.
+pub(crate) async fn close_reported(manager: &Manager, id: MigrationId) -> Result<bool, Problem> {
+    let mut tx = manager.begin("close a migration").await?;
+    let mut row = tx.migration(id).await?.ok_or_else(|| unknown(id))?;
+    let facts = Facts::of(&row)?;
+    let Some(held) = read(&row)?.filter(|h| row.open && h.is_final()) else { return Ok(!row.open) };
+    if !close_when_reported(&mut tx, &mut row, &facts, &held).await? {
+        return Ok(false);
+    }
+    tx.save_migration(&row).await?;
+    tx.commit().await?;
+    Ok(true)
+}
+
 /// The end: reservation freed, VM no longer migrating, one-open-migration slot free.
-async fn close(tx: &mut Tx, row: &mut MigrationRow, handover: &HandoverRow) -> Result<(), Problem> {
+async fn close(
+    tx: &mut Tx,
+    row: &mut MigrationRow,
+    facts: &Facts,
+    handover: &HandoverRow,
+) -> Result<(), Problem> {
     row.open = false;
     row.suspended = false;
     row.ended_at_us = Some(tx.now_us());
@@ -162,7 +208,9 @@ async fn close(tx: &mut Tx, row: &mut MigrationRow, handover: &HandoverRow) -> R
     let vm = tx.vm(row.vm).await?.ok_or_else(|| request::unknown_vm(&row.vm_name))?;
     match handover.place() {
         Some(place) => {
-            tx.set_vm_state(row.vm, &location(&place), VmState::Running).await?;
+            let dead = facts.died_on.as_deref() == Some(place.host.as_str());
+            let state = if dead { VmState::Failed } else { VmState::Running };
+            tx.set_vm_state(row.vm, &location(&place), state).await?;
         }
         None => {
             if let Some(at) = vm.location() {
@@ -184,6 +232,7 @@ pub(crate) fn state_of(handover: &HandoverRow, facts: &Facts, row: &MigrationRow
         RowState::Open(_) => MigrationState::Setup,
         RowState::Committed(_) => MigrationState::Committed,
         RowState::Running { .. } => MigrationState::NetworkCleanup,
+        RowState::Completed { .. } if row.open => MigrationState::NetworkCleanup,
         RowState::Completed { .. } => MigrationState::Completed,
         RowState::Voided(_) | RowState::Discarded { .. } if !handover.is_final() => MigrationState::Aborting,
         RowState::Voided(_) | RowState::Discarded { .. } => match facts.problem.as_ref().map(|p| p.code) {
@@ -391,4 +440,18 @@ pub(crate) async fn keep_ask(tx: &mut Tx, id: MigrationId, token: &[u8]) -> Resu
     facts.ask_renounce = Some(hex::encode(token));
     row.facts = facts.text();
     Ok(tx.save_migration(&row).await?)
+}
+
+/// Remembers that a QEMU of the VM died while the migration was open: what the end makes of it is the end's affair.
+///
+/// # Errors
+/// The registry fails.
+pub(crate) async fn note_death(tx: &mut Tx, mut row: MigrationRow, host: &HostName) -> Result<(), Problem> {
+    let mut facts = Facts::of(&row)?;
+    facts.died_on = Some(host.to_string());
+    row.facts = facts.text();
+    tx.save_migration(&row).await?;
+    let detail = json!({ "migration": row.id });
+    tx.audit(&format!("host/{host}"), "vm.died", row.vm_name.as_str(), detail).await?;
+    Ok(())
 }

@@ -163,6 +163,12 @@ async fn hand_over(
             return abort(manager, row.id, problem).await;
         }
     }
+    if held.is_final() {
+        return Ok(match handover::close_reported(manager, row.id).await? {
+            true => Step::Again,
+            false => Step::Wait(Duration::from_millis(100)),
+        });
+    }
     if let Some(event) = presumed(facts, held) {
         handover::apply(manager, &manager.actor(), row.id, event).await?;
         return Ok(Step::Again);
@@ -469,7 +475,7 @@ async fn objected(
     // "I know nothing of it" proves nothing (H3): the host is asked to write down, and sign, that it never will.
     let reason = match (&held.state, order) {
         (RowState::Open(open), "abort") => open.abort.clone(),
-        (RowState::Voided(voided), "abort" | "void") => Some(voided.reason.clone()),
+        (RowState::Voided(voided), "abort" | "void" | "renounced" | "fenced") => Some(voided.reason.clone()),
         _ => None,
     };
     let permit = manager.registry.read("objection").await?.permit(id).await?;

@@ -138,7 +138,10 @@ fn waiting(
         (_, Some(RowState::Discarded { .. })) => {
             (format!("{} to discard its frozen copy; then start the VM again", row.source), None)
         }
-        (_, Some(RowState::Completed { .. })) => ("nothing: it has ended".to_owned(), None),
+        (_, Some(RowState::Completed { .. })) => {
+            let at = facts.running_us.unwrap_or(row.requested_at_us) + handover::RESPONSIVE_LIMIT_US;
+            ("the guest's first answer, for the report".to_owned(), next("it is reported without", at))
+        }
     }
 }
 

@@ -22,11 +22,14 @@ use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use types::handover::{
-    MigrationRequest, NoVote, PriorRunState, ReleaseReceipt, RenounceRequest, Renunciation, RunningReceipt, Side,
-    SourceVote, Statement, StreamEvidence, TargetVote, ThawReceipt,
+    MigrationRequest, NoVote, PriorRunState, ReleaseReceipt, RenounceRequest, Renunciation, RunningReceipt,
+    Side, SourceVote, Statement, StreamEvidence, TargetVote, ThawReceipt,
 };
 use types::permit::PermitClaims;
 use types::{Digest, HandoverKey, HostName, MigrationId, Nonce, VmId};
+
+/// Called with each step of a host.
+pub(crate) type Hook = Box<dyn Fn(&str) + Send>;
 
 /// What a host does on its own, so that tests can make it behave.
 #[derive(Debug, Clone)]
@@ -95,7 +98,7 @@ pub(crate) struct FakeHost {
     /// Every order that came, in order.
     pub(crate) seen: Mutex<Vec<&'static str>>,
     /// Called with every order (before it is carried out) and statement (after it is sent).
-    pub(crate) on_step: Mutex<Option<Box<dyn Fn(&str) + Send>>>,
+    pub(crate) on_step: Mutex<Option<Hook>>,
     gone: Notify,
     attached: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
@@ -156,7 +159,10 @@ impl Join {
         }
     }
 
-    pub(crate) async fn send(&self, hosts_port: SocketAddr) -> Result<(api::fleet::JoinReply, CaCertificate), tonic::Status> {
+    pub(crate) async fn send(
+        &self,
+        hosts_port: SocketAddr,
+    ) -> Result<(api::fleet::JoinReply, CaCertificate), tonic::Status> {
         let fingerprint = self.token.ca_fingerprint;
         let (_, ca) = connect_pinned(&hosts_port.to_string(), &fingerprint).await.unwrap();
         let channel = channel(move || async move {
@@ -176,7 +182,11 @@ impl Join {
 }
 
 impl FakeHost {
-    pub(crate) async fn join(world: &Arc<World>, name: &str, token: &str) -> Result<Arc<Self>, tonic::Status> {
+    pub(crate) async fn join(
+        world: &Arc<World>,
+        name: &str,
+        token: &str,
+    ) -> Result<Arc<Self>, tonic::Status> {
         let join = Join::new(name, token);
         let port = world.hosts_port.lock().unwrap().unwrap();
         let (reply, ca) = join.send(port).await?;
@@ -184,7 +194,9 @@ impl FakeHost {
         let identity = TlsIdentity::from_pem(&chain, &join.identity_key.to_pem()).unwrap();
         let mut inner = Inner::default();
         for key in reply.permit_keys {
-            assert!(inner.permit_keys.insert(&key.key_id, VerifyingKey::from_bytes(&key.public_key).unwrap()));
+            assert!(
+                inner.permit_keys.insert(&key.key_id, VerifyingKey::from_bytes(&key.public_key).unwrap())
+            );
         }
         Ok(Arc::new_cyclic(|own| Self {
             name: name.parse().unwrap(),
@@ -333,7 +345,8 @@ impl FakeHost {
         if manners.ignores.contains(&kind) {
             return;
         }
-        let refusal = manners.refuses.iter().find(|(k, _)| *k == kind).map(|(_, code)| error(code, "as told"));
+        let refusal =
+            manners.refuses.iter().find(|(k, _)| *k == kind).map(|(_, code)| error(code, "as told"));
         let (id, own) = (order.id, self.own.upgrade().unwrap());
         // Orders that take their time must not keep the others waiting.
         tokio::spawn(async move {
@@ -389,7 +402,9 @@ impl FakeHost {
 
     fn is_about(&self, token: &[u8], id: MigrationId) -> bool {
         let signed = permit::SignedStatement::from_bytes(token.to_vec()).unwrap();
-        let Ok(statement) = permit::statement::verify(&signed, self.key.verifying_key()) else { return false };
+        let Ok(statement) = permit::statement::verify(&signed, self.key.verifying_key()) else {
+            return false;
+        };
         serde_json::to_value(statement).unwrap()["key"]["migration"] == json!(id)
     }
 
@@ -534,7 +549,8 @@ impl FakeHost {
             let vote = SourceVote { key: claims.key, permit, evidence, prior: PriorRunState::Running };
             self.state(&Statement::Frozen(vote)).await;
         } else {
-            self.event(id, "accepted", json!({ "stream_bytes": 1000, "held_us": 5, "wire_bytes": 1100 })).await;
+            self.event(id, "accepted", json!({ "stream_bytes": 1000, "held_us": 5, "wire_bytes": 1100 }))
+                .await;
             self.state(&Statement::Prepared(TargetVote { key: claims.key, permit, evidence })).await;
         }
     }
@@ -602,7 +618,8 @@ impl FakeHost {
             }
             Side::Target => {
                 if self.change(id, |a| !a.ran && !std::mem::replace(&mut a.gave_up, true)) {
-                    self.state(&Statement::Renounced(self.renunciation(&attempt.claims, attempt.permit))).await;
+                    self.state(&Statement::Renounced(self.renunciation(&attempt.claims, attempt.permit)))
+                        .await;
                 }
             }
         }
@@ -651,7 +668,8 @@ impl FakeHost {
         let Ok(Statement::Renounced(proof)) = permit::statement::verify(&signed, &key) else {
             return error("permit-refused", "no renunciation");
         };
-        let attempt = self.attempt(proof.key.migration);
+        let held = self.inner.lock().unwrap().attempts.get(&proof.key.migration).cloned();
+        let Some(attempt) = held else { return error("unknown-migration", "no record") };
         assert_eq!(proof.permit, attempt.permit);
         if self.change(proof.key.migration, |a| !std::mem::replace(&mut a.gave_up, true)) {
             self.physical.lock().unwrap().run(proof.key.vm, self.name.as_str());

@@ -8,7 +8,12 @@ use types::ErrorCode;
 /// Refused with this status and code, as a problem document.
 async fn refused(world: &World, method: &str, path: &str, token: &str, body: &str, status: u16, code: &str) {
     let answer = world.request(method, path, token, body).await;
-    assert_eq!((answer.status.as_u16(), answer.code()), (status, code), "{method} {path} {body}: {}", answer.body);
+    assert_eq!(
+        (answer.status.as_u16(), answer.code()),
+        (status, code),
+        "{method} {path} {body}: {}",
+        answer.body
+    );
     assert_eq!(answer.kind, "application/problem+json");
     assert!(!answer.body["detail"].as_str().unwrap().is_empty());
 }
@@ -96,7 +101,10 @@ async fn each_gate_of_a_request_has_its_own_code() {
     let list = world.get("/v1/migrations").await;
     let codes: Vec<_> = list.as_array().unwrap().iter().map(|m| m["problem"]["code"].clone()).collect();
     assert!(codes.contains(&json!("target-is-source")), "{codes:?}");
-    assert!(a.seen.lock().unwrap().iter().all(|order| *order != "intent"), "nothing was sent for any of them");
+    assert!(
+        a.seen.lock().unwrap().iter().all(|order| *order != "intent"),
+        "nothing was sent for any of them"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -137,8 +145,11 @@ async fn a_taken_folder_a_taken_port_and_a_bad_policy_are_named() {
     assert_eq!(port.code, ErrorCode::AddressInUse);
     assert!(port.detail.contains(&taken.local_addr().unwrap().to_string()), "{port}");
 
-    std::fs::write(other.path().join("p.cedar"), "permit (principal, action, resource) when { principal.rol == \"x\" };")
-        .unwrap();
+    std::fs::write(
+        other.path().join("p.cedar"),
+        "permit (principal, action, resource) when { principal.rol == \"x\" };",
+    )
+    .unwrap();
     config.policy = Some(other.path().to_owned());
     let policy = tokio::task::block_in_place(|| try_run(config)).unwrap_err();
     assert_eq!(policy.code, ErrorCode::BadConfiguration);

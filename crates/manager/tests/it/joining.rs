@@ -111,7 +111,5 @@ async fn a_second_session_replaces_the_first_and_a_lost_host_is_shown() {
         .await;
     session.abort();
     host.vanish();
-    world
-        .until("the host is lost", async || world.get("/v1/hosts/host-a").await["state"] == "lost")
-        .await;
+    world.until("the host is lost", async || world.get("/v1/hosts/host-a").await["state"] == "lost").await;
 }

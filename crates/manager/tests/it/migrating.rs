@@ -29,7 +29,9 @@ impl Pair {
 
     async fn state_is(&self, id: &str, state: &str) {
         let path = format!("/v1/migrations/{id}");
-        self.world.until(format!("{id} is {state}"), async || self.world.get(&path).await["state"] == state).await;
+        self.world
+            .until(format!("{id} is {state}"), async || self.world.get(&path).await["state"] == state)
+            .await;
     }
 
     async fn saw(&self, host: &FakeHost, order: &'static str) {
@@ -57,7 +59,8 @@ async fn a_vm_moves_there_and_back_and_the_report_is_whole() {
     assert_eq!(view["digests"]["match"], true);
     assert_eq!(view["channel"]["protocol"], "TLSv1.3");
     assert_eq!(view["downtime_parts"][0]["name"], "freeze");
-    let stages: Vec<_> = view["stages"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
+    let stages: Vec<_> =
+        view["stages"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
     assert_eq!(stages, ["setup", "memory-transfer", "switchover", "network-cleanup"]);
     assert!(view["total_ms"].as_f64().unwrap() >= view["request_to_running_ms"].as_f64().unwrap());
     assert!(view["permit_decision_ms"].as_f64().unwrap() > 0.0);
@@ -67,9 +70,12 @@ async fn a_vm_moves_there_and_back_and_the_report_is_whole() {
     p.world.check_settled(p.vm, "host-a").await;
     // The permit's audit entry is before anything that the permit let happen.
     let audit = p.world.get("/v1/audit").await;
-    let of: Vec<_> = audit.as_array().unwrap().iter().filter(|e| e["detail"]["migration"] == m.as_str()).collect();
-    let at = |action: &str| of.iter().position(|e| e["action"] == action).unwrap_or_else(|| panic!("{action}"));
-    let order = ["migration.request", "migration.sign-request", "permit.issue", "permit.consume", "handover.commit"];
+    let of: Vec<_> =
+        audit.as_array().unwrap().iter().filter(|e| e["detail"]["migration"] == m.as_str()).collect();
+    let at =
+        |action: &str| of.iter().position(|e| e["action"] == action).unwrap_or_else(|| panic!("{action}"));
+    let order =
+        ["migration.request", "migration.sign-request", "permit.issue", "permit.consume", "handover.commit"];
     assert!(order.windows(2).all(|w| at(w[0]) < at(w[1])), "{of:?}");
 }
 
@@ -135,12 +141,14 @@ async fn a_target_that_does_not_measure_refuses() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_agent_refuses() {
-    check_refusal(|m| m.refuses = vec![("spawn-agent", "missing-program")], "refused", "missing-program").await;
+    check_refusal(|m| m.refuses = vec![("spawn-agent", "missing-program")], "refused", "missing-program")
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_that_cannot_prepare_ends_it_on_the_source() {
-    check_refusal(|m| m.refuses = vec![("prepare", "hypervisor-failed")], "failed", "hypervisor-failed").await;
+    check_refusal(|m| m.refuses = vec![("prepare", "hypervisor-failed")], "failed", "hypervisor-failed")
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -159,7 +167,11 @@ async fn terminate_in_flight_leaves_the_vm_on_the_source_within_a_second() {
     p.saw(&p.a, "abort").await;
     assert!(since.elapsed().as_millis() < 1_000);
     let view = p.world.ended(&m).await;
-    assert_eq!((&view["state"], &view["problem"]["code"]), (&json!("terminated"), &json!("terminated")), "{view}");
+    assert_eq!(
+        (&view["state"], &view["problem"]["code"]),
+        (&json!("terminated"), &json!("terminated")),
+        "{view}"
+    );
     p.world.check_settled(p.vm, "host-a").await;
     let again = p.world.post(&format!("/v1/migrations/{m}/terminate"), &json!({})).await;
     assert_eq!(again.code(), "wrong-state");
@@ -207,7 +219,11 @@ async fn a_renunciation_frees_the_frozen_source_even_after_the_commit() {
     p.state_is(&m, "committed").await;
     p.b.renounce(id(&m)).await;
     let view = p.world.ended(&m).await;
-    assert_eq!((&view["state"], &view["problem"]["code"]), (&json!("failed"), &json!("target-failed")), "{view}");
+    assert_eq!(
+        (&view["state"], &view["problem"]["code"]),
+        (&json!("failed"), &json!("target-failed")),
+        "{view}"
+    );
     p.world.check_settled(p.vm, "host-a").await;
     assert_eq!(p.world.get("/v1/vms/vm").await["host"], "host-a");
     // And it moves again, under fresh epochs.
@@ -245,7 +261,11 @@ async fn a_finding_of_the_inspector_terminates() {
     });
     p.b.event(id(&m), "finding", finding).await;
     let view = p.world.ended(&m).await;
-    assert_eq!((&view["state"], &view["problem"]["code"]), (&json!("terminated"), &json!("stream-rejected")), "{view}");
+    assert_eq!(
+        (&view["state"], &view["problem"]["code"]),
+        (&json!("terminated"), &json!("stream-rejected")),
+        "{view}"
+    );
     assert_eq!(view["findings"][0]["rule"], "INV-R4");
     p.world.check_settled(p.vm, "host-a").await;
 }

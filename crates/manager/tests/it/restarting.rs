@@ -3,8 +3,8 @@
 
 use crate::fake_host::FakeHost;
 use crate::world::World;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::Notify;
 
 /// Kills the manager at the step of this number (orders and statements of both hosts, as they come); returns whether

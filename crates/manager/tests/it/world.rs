@@ -122,8 +122,12 @@ fn try_launch(config: Config) -> Result<(Process, Running), Problem> {
     });
     match listening.recv() {
         Ok(running) => {
-            let process =
-                Process { operators: running.operators, kill: Some(kill), end: Some(end), thread: Some(thread) };
+            let process = Process {
+                operators: running.operators,
+                kill: Some(kill),
+                end: Some(end),
+                thread: Some(thread),
+            };
             Ok((process, running))
         }
         Err(_) => Err(thread.join().unwrap().expect_err("it ended without listening")),
@@ -133,7 +137,9 @@ fn try_launch(config: Config) -> Result<(Process, Running), Problem> {
 impl World {
     pub(crate) fn new() -> Arc<Self> {
         if std::env::var_os("OUTRIDER_TEST_LOG").is_some() {
-            drop(tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_test_writer().try_init());
+            drop(
+                tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_test_writer().try_init(),
+            );
         }
         let world = Arc::new(Self {
             folder: tempfile::tempdir().unwrap(),
@@ -186,8 +192,18 @@ impl World {
     }
 
     pub(crate) async fn request(&self, method: &str, path: &str, token: &str, body: &str) -> Answer {
-        let stream = connect_operator(&self.operators().to_string(), &self.ca()).await.unwrap();
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        let (address, ca) = (self.operators().to_string(), self.ca());
+        let since = Instant::now();
+        // The port bounds half-open handshakes per address: many at once are turned away, and come again.
+        let stream = loop {
+            match connect_operator(&address, &ca).await {
+                Ok(stream) => break stream,
+                Err(_) if since.elapsed() < PATIENCE => tokio::time::sleep(Duration::from_millis(10)).await,
+                Err(error) => panic!("{error:?}"),
+            }
+        };
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
         let connection = tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
@@ -199,7 +215,8 @@ impl World {
             .unwrap();
         let response = sender.send_request(request).await.unwrap();
         let status = response.status();
-        let kind = response.headers().get("content-type").and_then(|h| h.to_str().ok()).unwrap_or("").to_owned();
+        let kind =
+            response.headers().get("content-type").and_then(|h| h.to_str().ok()).unwrap_or("").to_owned();
         let bytes = response.into_body().collect().await.unwrap().to_bytes();
         connection.abort();
         let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -271,10 +288,11 @@ impl World {
 
     /// What must hold after every migration, however it ended.
     pub(crate) async fn check_settled(&self, vm: VmId, expect_on: &str) {
-        let physical = self.physical.lock().unwrap();
-        assert_eq!(physical.on(vm), [expect_on], "exactly one copy");
-        assert_eq!(physical.most, 1, "never two");
-        drop(physical);
+        {
+            let physical = self.physical.lock().unwrap();
+            assert_eq!(physical.on(vm), [expect_on], "exactly one copy");
+            assert_eq!(physical.most, 1, "never two");
+        }
         let verified = self.get("/v1/audit/verify").await;
         assert_eq!(verified["verified"], true, "{verified}");
         let metrics = self.get("/metrics").await;
@@ -289,7 +307,8 @@ impl Drop for World {
 }
 
 pub(crate) fn now_ms() -> u64 {
-    u64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis()).unwrap()
+    u64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis())
+        .unwrap()
 }
 
 pub(crate) fn nonce() -> String {
