@@ -45,7 +45,7 @@ pub use config::{Config, JoinConfig, PortRange};
 pub use join::join;
 
 use crate::agents::AgentSpawner;
-use crate::cgroup::{Group, Hierarchies};
+use crate::cgroup::Hierarchies;
 use crate::daemon::{Daemon, JournalStore};
 use crate::error::chain;
 use crate::folders::{Folders, private_folder};
@@ -79,7 +79,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     let _lock = folders.lock()?;
     private_folder(&folders.state.join("migrations")).map_err(|e| e.problem())?;
     let (daemon, ended) = assemble(&config, &identity, folders)?;
-    end_orphaned_agents(&daemon.spawner.group).await;
+    end_orphaned_agents(&daemon.spawner).await;
     // A VM that is still frozen under a vote is held first, and decided about by its hand-over.
     daemon.vms.adopt().await.map_err(|e| e.problem())?;
     let migrations = Migrations::new(daemon.clone());
@@ -146,8 +146,13 @@ fn assemble(
 }
 
 /// No agent outlives its daemon by design; one that hangs is ended by force, and what was made for it removed.
-async fn end_orphaned_agents(group: &Group) {
-    for child in group.children() {
+async fn end_orphaned_agents(spawner: &AgentSpawner) {
+    if spawner.folder.exists()
+        && let Err(error) = std::fs::remove_dir_all(&spawner.folder)
+    {
+        tracing::warn!(folder = %spawner.folder.display(), %error, "old agents' logs");
+    }
+    for child in spawner.group.children() {
         for pid in child.processes() {
             if let Ok(Some(process)) = process::ProcessId::of(pid).and_then(|id| process::Process::adopt(&id))
                 && child.processes().contains(&pid)

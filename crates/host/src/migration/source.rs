@@ -178,10 +178,10 @@ impl SourceShell {
         let name = format!("{event:?}");
         let reaction = self.machine.handle(event);
         self.show();
-        tracing::debug!(
-            migration = %self.migration(), from = before, to = self.machine.state_name(),
-            event = name.chars().take(120).collect::<String>(), verdict = ?reaction.verdict, "source"
-        );
+        if reaction.verdict != Verdict::Ignored {
+            let (to, event) = (self.machine.state_name(), name.chars().take(120).collect::<String>());
+            tracing::debug!(migration = %self.migration(), from = before, to, event, "source");
+        }
         if let Verdict::Refused(refusal) = &reaction.verdict {
             tracing::warn!(migration = %self.migration(), %refusal, state = before, "event refused");
         }

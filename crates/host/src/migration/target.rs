@@ -185,10 +185,10 @@ impl TargetShell {
         let name = format!("{event:?}");
         let reaction = self.machine.handle(event);
         self.show();
-        tracing::debug!(
-            migration = %self.migration(), from = before, to = self.machine.state_name(),
-            event = name.chars().take(120).collect::<String>(), verdict = ?reaction.verdict, "target"
-        );
+        if reaction.verdict != Verdict::Ignored {
+            let (to, event) = (self.machine.state_name(), name.chars().take(120).collect::<String>());
+            tracing::debug!(migration = %self.migration(), from = before, to, event, "target");
+        }
         if let Verdict::Refused(refusal) = &reaction.verdict {
             tracing::warn!(migration = %self.migration(), %refusal, state = before, "event refused");
         }

@@ -1,0 +1,213 @@
+//! Two host daemons, real QEMUs and real agents, over loopback: the whole hand-over, given up, and cut by kill -9.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod support;
+
+use engine::handover::decider::RowState;
+use std::time::Duration;
+use support::Manager;
+use support::host::{Host, missing, run_child};
+use types::ErrorCode;
+use types::inventory::Inventory;
+use types::vm::VmSpec;
+
+/// Not a test of its own: the daemons of the other tests run here, in processes of their own.
+#[tokio::test(flavor = "multi_thread")]
+async fn host_process() {
+    run_child().await;
+}
+
+struct Lab {
+    _folder: tempfile::TempDir,
+    manager: Manager,
+    a: Host,
+    b: Host,
+    spec: VmSpec,
+    inventory: Inventory,
+}
+
+fn spec() -> VmSpec {
+    serde_json::from_value(serde_json::json!({
+        "uuid": "11111111-2222-3333-4444-555555555555", "name": "tiny", "accel": "tcg", "vcpus": 1,
+        "memory_bytes": 64 << 20,
+    }))
+    .unwrap()
+}
+
+/// Hosts share ports and cgroup names per process; the tests of one process take turns.
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+async fn lab() -> Option<Lab> {
+    if let Some(reason) = missing() {
+        eprintln!("SKIPPED: {reason}");
+        return None;
+    }
+    let folder = tempfile::Builder::new().prefix("oht").tempdir().unwrap();
+    let manager = Manager::start(folder.path()).await;
+    let a = Host::start(&manager, folder.path(), "host-a", "127.0.0.1").await;
+    let b = Host::start(&manager, folder.path(), "host-b", "127.0.0.2").await;
+    let inventory = manager.start_vm("host-a", &spec(), 1).await;
+    Some(Lab { _folder: folder, manager, a, b, spec: spec(), inventory })
+}
+
+impl Lab {
+    async fn migrate(&self, epoch: u64, from: &str, to: &str) -> types::permit::PermitClaims {
+        self.manager.migrate(&self.spec, &self.inventory, epoch, from, to).await
+    }
+
+    /// A migration slow enough to be met in the middle.
+    async fn slow(&self) -> types::permit::PermitClaims {
+        let claims = self.migrate(1, "host-a", "host-b").await;
+        self.manager.control("host-a", claims.key.migration, "throttle", 20_000).await;
+        claims
+    }
+}
+
+fn completed(row: &engine::handover::decider::HandoverRow) -> bool {
+    matches!(row.state, RowState::Completed { .. })
+}
+
+fn given_up(row: &engine::handover::decider::HandoverRow) -> bool {
+    matches!(row.state, RowState::Voided(_)) && row.is_final()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_moves_there_and_back() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    let there = lab.migrate(1, "host-a", "host-b").await.key;
+    lab.manager.row("completed", there.migration, completed).await;
+    lab.a.only(0).await;
+    lab.b.only(1).await;
+    let running = lab.manager.event(there.migration, "peer-running").await;
+    let downtime = running["downtime_ms"].as_f64().unwrap();
+    let parts: f64 =
+        running["parts"].as_array().unwrap().iter().map(|p| p["duration_ms"].as_f64().unwrap()).sum();
+    eprintln!("peer-running {running}");
+    assert!(downtime > 0.0 && (parts - downtime).abs() < 1.0, "{running}");
+    for kind in
+        ["prepared", "connected", "stopped", "end-of-stream", "frozen", "accepted", "running", "released"]
+    {
+        lab.manager.event(there.migration, kind).await;
+    }
+    // A→B→A: the same hosts, the same VM, later epochs.
+    let back = lab.migrate(3, "host-b", "host-a").await.key;
+    lab.manager.row("completed", back.migration, completed).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert!(lab.manager.world.lock().unwrap().vm_events.is_empty(), "ordered ends are no news");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn suspended_resumed_and_terminated_in_mid_flight() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    let claims = lab.slow().await;
+    let id = claims.key.migration;
+    lab.manager.control("host-a", id, "suspend", 0).await;
+    lab.manager.event(id, "suspended").await;
+    lab.manager.control("host-a", id, "resume", 0).await;
+    lab.manager.event(id, "resumed").await;
+    let before = std::time::Instant::now();
+    lab.manager.abort(id, ErrorCode::Terminated);
+    lab.manager.event(id, "failed").await;
+    assert!(before.elapsed() < Duration::from_secs(1), "effect within a second: {:?}", before.elapsed());
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert_eq!(lab.a.unfrozen(), 1);
+    // It can move afterwards, under epochs above the burnt ones.
+    let again = lab.migrate(4, "host-a", "host-b").await.key;
+    lab.manager.row("completed", again.migration, completed).await;
+    lab.a.only(0).await;
+    lab.b.only(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_source_that_hears_nothing_asks_the_target_directly() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    // A manager that neither hears statements nor commits: the two daemons are on their own.
+    lab.manager.hold(&["commit"], true);
+    let id = lab.migrate(1, "host-a", "host-b").await.key.migration;
+    lab.manager.event(id, "frozen").await;
+    lab.a.until("frozen", |a| a.unfrozen() == 0).await;
+    lab.manager.event(id, "thawed").await;
+    lab.a.until("thawed", |a| a.unfrozen() == 1).await;
+    lab.b.until("the target's copy is dead", |b| b.qemus().is_empty()).await;
+    // The proof is adopted when the manager is back.
+    lab.manager.hold(&[], false);
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_source_daemon_dies_in_the_transfer() {
+    let _turn = TURN.lock().await;
+    let Some(mut lab) = lab().await else { return };
+    let id = lab.slow().await.key.migration;
+    let qemu = lab.a.qemus();
+    lab.a.kill();
+    lab.a.until("its agent ends with it", |a| a.agents().is_empty()).await;
+    assert_eq!((lab.a.qemus(), lab.a.unfrozen()), (qemu.clone(), 1), "the guest runs on");
+    lab.a.launch();
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert_eq!(lab.a.qemus(), qemu);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_source_daemon_dies_after_its_vote() {
+    let _turn = TURN.lock().await;
+    let Some(mut lab) = lab().await else { return };
+    lab.manager.hold(&["commit"], false);
+    let id = lab.migrate(1, "host-a", "host-b").await.key.migration;
+    lab.manager.row("both votes", id, |row| matches!(row.state, RowState::Committed(_))).await;
+    lab.a.kill();
+    assert_eq!((lab.a.qemus().len(), lab.a.unfrozen()), (1, 0), "the frozen copy stays frozen");
+    lab.a.launch();
+    lab.manager.hold(&[], false);
+    lab.manager.row("completed", id, completed).await;
+    lab.a.only(0).await;
+    lab.b.only(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_target_daemon_dies_between_its_vote_and_the_commit() {
+    let _turn = TURN.lock().await;
+    let Some(mut lab) = lab().await else { return };
+    lab.manager.hold(&["commit"], false);
+    let id = lab.migrate(1, "host-a", "host-b").await.key.migration;
+    lab.manager.row("both votes", id, |row| matches!(row.state, RowState::Committed(_))).await;
+    lab.b.kill();
+    lab.manager.hold(&[], false);
+    lab.b.launch();
+    lab.manager.row("completed", id, completed).await;
+    lab.a.only(0).await;
+    lab.b.only(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_permit_is_used_once_and_only_by_whom_it_names() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    let (token, claims) = lab.manager.permit(&lab.spec, 1, "host-a", "host-b").await;
+    // Another spec than the permit's: consumed, and renounced.
+    let other = VmSpec { vcpus: 2, ..lab.spec.clone() };
+    let refused = lab.manager.prepare(&token, &claims, &other, &lab.inventory).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::PermitRefused.as_str(), "{refused:?}");
+    let refused = lab.manager.prepare(&token, &claims, &lab.spec, &lab.inventory).await.unwrap_err();
+    assert!(
+        ["permit-refused", "wrong-state", "replayed-request"].contains(&refused.code.as_str()),
+        "{refused:?}"
+    );
+    let mut garbled = token.clone();
+    let last = garbled.len() - 1;
+    garbled[last] ^= 1;
+    let (_, fresh) = lab.manager.permit(&lab.spec, 3, "host-a", "host-b").await;
+    let refused = lab.manager.prepare(&garbled, &fresh, &lab.spec, &lab.inventory).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::PermitRefused.as_str(), "{refused:?}");
+    assert!(lab.b.qemus().is_empty(), "nothing was started");
+}

@@ -1,0 +1,185 @@
+//! A host daemon as its own process (this test binary again), so that it can be killed; and what it left behind.
+
+use super::Manager;
+use outrider_host::cgroup::{Group, Hierarchies};
+use outrider_host::{Config, JoinConfig};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Names the configuration file of the daemon that a child process is to be.
+pub const CHILD: &str = "OUTRIDER_TEST_HOST_CONFIG";
+
+/// The agent binary, or why the test can't run.
+pub fn missing() -> Option<String> {
+    let agent = agent();
+    if !Path::new("/usr/bin/qemu-system-x86_64").exists() {
+        return Some("QEMU is not installed".to_owned());
+    }
+    if !agent.exists() {
+        return Some(format!("{} is not built (cargo build -p outrider-agent)", agent.display()));
+    }
+    None
+}
+
+fn agent() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().unwrap().parent().unwrap().join("outrider-agent")
+}
+
+/// What the child does.
+pub async fn run_child() {
+    let Ok(path) = std::env::var(CHILD) else { return };
+    let config = Config::load(Path::new(&path)).unwrap();
+    tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_env_filter("info,outrider_host=debug")
+        .with_writer(std::io::stderr)
+        .init();
+    let ended = outrider_host::run(config, std::future::pending()).await;
+    panic!("the daemon ended: {ended:?}");
+}
+
+pub struct Host {
+    pub name: &'static str,
+    folder: PathBuf,
+    config: PathBuf,
+    cgroup: String,
+    child: Option<Child>,
+}
+
+impl Host {
+    /// Joins and starts.
+    pub async fn start(manager: &Manager, base: &Path, name: &'static str, address: &str) -> Self {
+        let folder = base.join(&name[name.len() - 1..]);
+        std::fs::create_dir_all(&folder).unwrap();
+        let cgroup = format!("outrider-test-{}/{name}/vms", base.file_name().unwrap().to_str().unwrap());
+        let config = folder.join("host.toml");
+        let text = format!(
+            "migration_address = '{address}'\nstate_folder = '{0}/s'\nrun_folder = '{0}/r'\ncgroup = '{cgroup}'\n\
+             agent_binary = '{1}'\ndata_ports = '{2}'\n",
+            folder.display(),
+            agent().display(),
+            if name == "host-a" { "17600-17619" } else { "17620-17639" },
+        );
+        std::fs::write(&config, text).unwrap();
+        let join = JoinConfig { token: manager.token(name), state_folder: folder.join("s"), manager: None };
+        outrider_host::join(&join).await.unwrap();
+        let mut host = Self { name, folder, config, cgroup, child: None };
+        host.launch();
+        manager.attached(name).await;
+        host
+    }
+
+    pub fn launch(&mut self) {
+        let log =
+            std::fs::OpenOptions::new().create(true).append(true).open(self.folder.join("log")).unwrap();
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["host_process", "--exact", "--nocapture", "--test-threads=1"])
+            .env(CHILD, &self.config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.child = Some(child);
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
+    }
+
+    pub fn group(&self) -> Group {
+        Hierarchies::detect().group(&self.cgroup)
+    }
+
+    /// Processes of QEMUs (not agents).
+    pub fn qemus(&self) -> Vec<u32> {
+        let all = self.group().children();
+        all.iter().filter(|g| !g.path().ends_with("/agents")).flat_map(Group::processes).collect()
+    }
+
+    pub fn agents(&self) -> Vec<u32> {
+        self.group().child("agents").children().iter().flat_map(Group::processes).collect()
+    }
+
+    pub async fn until(&self, what: &str, mut holds: impl FnMut(&Self) -> bool) {
+        let start = Instant::now();
+        while !holds(self) {
+            assert!(start.elapsed() < super::PATIENCE, "never on {}: {what}\n{}", self.name, self.log());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    /// One QEMU whose vCPUs run: its CPU time or its monitor's word can't be asked without the daemon, so the count of
+    /// processes that are neither frozen nor stopped is what this sees.
+    pub fn unfrozen(&self) -> usize {
+        self.qemus().iter().filter(|pid| !frozen(&self.group(), **pid)).count()
+    }
+
+    /// Nothing is left of any migration: no agents, no sockets, no records but those of `vms` running VMs.
+    pub async fn only(&self, vms: usize) {
+        self.until("only running VMs are left", |h| {
+            let count = |sub: &str| {
+                let all = std::fs::read_dir(h.folder.join(sub)).map(|d| d.flatten().collect::<Vec<_>>());
+                all.unwrap_or_default().iter().filter(|e| e.file_name() != "agents").count()
+            };
+            h.qemus().len() == vms
+                && h.agents().is_empty()
+                && count("r") == vms
+                && count("s/vms") == vms
+                && count("s/migrations") == 0
+                && count("r/agents") == 0
+                && h.group().child("agents").children().is_empty()
+        })
+        .await;
+    }
+}
+
+fn frozen(group: &Group, pid: u32) -> bool {
+    group.children().iter().filter(|g| g.processes().contains(&pid)).any(|g| {
+        let events = g.v2().and_then(|f| std::fs::read_to_string(f.join("cgroup.events")).ok());
+        events.is_some_and(|text| text.contains("frozen 1"))
+    })
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().ok();
+            child.wait().ok();
+        }
+        // What a failed test left: by pid, out of this host's own groups, and thawed so that it dies.
+        for child in self.group().children().iter().chain(&self.group().child("agents").children()) {
+            for pid in child.processes() {
+                Command::new("kill").args(["-9", &pid.to_string()]).status().ok();
+            }
+            for _ in 0..200 {
+                if child.remove().is_ok() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        let mut group = self.group();
+        group.child("agents").remove().ok();
+        while !group.path().is_empty() {
+            group.remove().ok();
+            group = group.parent();
+        }
+        if std::thread::panicking() {
+            eprintln!("==== log of {}\n{}", self.name, self.log());
+        }
+    }
+}
