@@ -1,6 +1,7 @@
 //! `doctor`: is this machine ready for its role? Looks, changes nothing, and says what to do.
 
 mod folders;
+mod identity;
 mod machine;
 mod manager;
 
@@ -10,6 +11,7 @@ use crate::output;
 use crate::output::layout::wrap;
 use crate::output::text::{Tone, clean, toned};
 use serde::Serialize;
+use std::time::SystemTime;
 
 /// How a check came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -86,6 +88,7 @@ pub(crate) async fn run(args: Doctor, format: Format) -> Outcome {
         Role::Host => {
             checks.extend(machine::checks().await);
             checks.extend(folders::state("host state", &args.host_state));
+            checks.push(identity::check(&args.host_state, SystemTime::now()));
             checks.push(machine::data_ports());
         }
         Role::Manager => {
@@ -134,7 +137,9 @@ fn summary(verdict: &Verdict) -> String {
         format!("{n} {what}{}", if n == 1 { "" } else { "s" })
     };
     let warnings = count(Status::Warn, "warning");
-    if verdict.ready {
+    if verdict.checks.iter().all(|c| c.status == Status::Ok) {
+        "ready".to_owned()
+    } else if verdict.ready {
         format!("ready, {warnings}")
     } else {
         format!("not ready: {}, {warnings}", count(Status::Fail, "failure"))

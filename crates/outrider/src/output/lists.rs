@@ -172,8 +172,10 @@ pub(crate) fn audit(entries: &[AuditEntry], width: usize) -> String {
     let with_detail = width >= DETAIL_WIDTH_MIN;
     let row = |e: &AuditEntry| {
         let subject = e.subject.parse().map_or_else(|_| e.subject.clone(), short);
+        // From where somebody asked is a detail too.
+        let actor = e.actor.split(" from ").next().filter(|_| !with_detail).unwrap_or(&e.actor);
         let mut row =
-            vec![e.sequence.to_string(), to_seconds(&e.at), e.actor.clone(), e.action.clone(), subject];
+            vec![e.sequence.to_string(), to_seconds(&e.at), actor.to_owned(), e.action.clone(), subject];
         if with_detail {
             row.push(if e.detail.is_null() { "-".to_owned() } else { cut(&e.detail.to_string(), 120) });
         }
@@ -265,7 +267,7 @@ mod tests {
         held.suspended = true;
         let migrations_text = migrations(&[held, samples::completed()], now(), 80);
         let entry: AuditEntry = serde_json::from_value(json!({"sequence": 12, "at": "2026-11-23T14:02:11.123Z",
-            "actor": "operator/admin", "action": "permit.issue", "subject": "m-6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c",
+            "actor": "operator/admin from 10.81.0.1", "action": "permit.issue", "subject": "m-6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c",
             "detail": {"target": "host-b"}, "hash": "ab"}))
         .unwrap();
         let (narrow, wide) = (audit(std::slice::from_ref(&entry), 80), audit(&[entry], 120));

@@ -42,7 +42,8 @@ fn seconds_only(at: Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
-fn distance(at: Timestamp, now: Timestamp) -> String {
+/// How far an instant is: `12 s ago`, `in 4 s`.
+pub(crate) fn distance(at: Timestamp, now: Timestamp) -> String {
     let seconds = at.as_second().saturating_sub(now.as_second());
     let magnitude = seconds.unsigned_abs();
     let text = match magnitude {
