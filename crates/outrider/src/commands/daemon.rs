@@ -8,6 +8,7 @@ use crate::output;
 use serde::Serialize;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use types::{HostName, Problem};
@@ -15,6 +16,8 @@ use types::{HostName, Problem};
 const MANAGER_FILE: &str = "/etc/outrider/manager.toml";
 const HOST_FILE: &str = "/etc/outrider/host.toml";
 const HOST_STATE: &str = "/var/lib/outrider/host";
+/// Tasks that outlive their daemon are given so long.
+const LEFTOVER_LIMIT: Duration = Duration::from_secs(1);
 /// No join token is longer.
 const MAX_TOKEN_BYTES: u64 = 4096;
 
@@ -141,11 +144,14 @@ where
 }
 
 fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .map_err(|source| Error::Start { act: "start the asynchronous runtime", source })?
-        .block_on(work)
+        .map_err(|source| Error::Start { act: "start the asynchronous runtime", source })?;
+    let outcome = runtime.block_on(work);
+    // What still runs was told to end; a blocking call of it must not keep the process.
+    runtime.shutdown_timeout(LEFTOVER_LIMIT);
+    outcome
 }
 
 type Shutdown = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
