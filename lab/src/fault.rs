@@ -2,7 +2,8 @@
 //! and then asks the outside observer whether the VM ran twice, or not at all.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -74,6 +75,26 @@ impl LogWatch {
     }
 }
 
+/// A cut that only waits for the word: starting a program takes longer than a switchover does.
+#[derive(Debug)]
+pub struct Scissors {
+    child: Child,
+}
+
+impl Scissors {
+    /// Cuts now.
+    pub fn cut(mut self) -> Result<()> {
+        let rules =
+            b"table ip fault { chain out { type filter hook output priority 0; oifname mig0 drop; }; }\n";
+        let mut input = self.child.stdin.take().context("nft has no input")?;
+        input.write_all(rules).context("writing to nft")?;
+        drop(input);
+        let status = self.child.wait().context("waiting for nft")?;
+        ensure!(status.success(), "nft ended with {status}");
+        Ok(())
+    }
+}
+
 /// A fleet with one watched guest on host-a that writes a shared disk under default image locking.
 #[derive(Debug)]
 pub struct Trial {
@@ -109,14 +130,14 @@ impl Trial {
         self.fleet.migrate(&self.guest.name, Machine::HostB)
     }
 
-    /// Drops whatever `machine` sends on the migration network (silently, as a router would).
-    pub fn drop_from(&self, machine: Machine) -> Result<()> {
-        let rules =
-            "table ip fault { chain out { type filter hook output priority 0; oifname \"mig0\" drop; } }";
-        process::run(self.fleet.net.node(machine).command("nft").arg(rules)).map(|_| ())
+    /// Makes ready to drop whatever `machine` sends on the migration network (silently, as a router would).
+    pub fn scissors(&self, machine: Machine) -> Result<Scissors> {
+        let mut command = self.fleet.net.node(machine).command("nft");
+        let child = command.args(["-f", "-"]).stdin(Stdio::piped()).spawn().context("starting nft")?;
+        Ok(Scissors { child })
     }
 
-    /// Undoes [`Trial::drop_from`].
+    /// Undoes [`Scissors::cut`].
     pub fn heal(&self, machine: Machine) -> Result<()> {
         process::run(self.fleet.net.node(machine).command("nft").args(["delete", "table", "ip", "fault"]))
             .map(|_| ())

@@ -33,6 +33,8 @@ const SAMPLE: Duration = Duration::from_millis(1);
 const FIND: Duration = Duration::from_millis(30);
 /// A scan of a whole memory may take this share of the finder's time (one in so many).
 const SCAN_SHARE: u32 = 5;
+/// A process without the page at the known place for so long is searched whole: it may have booted by itself.
+const HINT_LIMIT: Duration = Duration::from_secs(3);
 /// Copies watched at once; a VM has two in a migration, and the lab's attacks make a few more.
 const MAX_COPIES: usize = 8;
 
@@ -215,10 +217,12 @@ fn find(shared: &Shared) {
         waiting.retain(|_, look| process::is_alive(look.pid()));
         let found: Option<Copy> = waiting.values().find_map(|look| look.at_hints(&hints));
         let found = found.or_else(|| {
-            // Scanning is needed once per VM; it may take a second on a large one.
-            (Instant::now() >= next_scan && hints.is_empty()).then(|| {
+            // A migrated copy has the page where the first had it; one that booted by itself has it elsewhere.
+            (Instant::now() >= next_scan).then(|| {
                 let begin = Instant::now();
-                let found = waiting.values().find_map(Look::scan);
+                let strangers =
+                    waiting.values().filter(|look| hints.is_empty() || look.waited() > HINT_LIMIT);
+                let found = strangers.into_iter().find_map(Look::scan);
                 next_scan = Instant::now() + begin.elapsed() * SCAN_SHARE + FIND;
                 found
             })?

@@ -58,8 +58,9 @@ fn restart(trial: &mut Trial, machine: Machine) -> Result<()> {
 #[test]
 fn reverse_direction_is_dropped_during_switchover() {
     trial("reverse-dropped", |trial, _| {
+        let scissors = trial.scissors(HostB)?;
         at(trial, HostA, "stopped")?;
-        trial.drop_from(HostB)?;
+        scissors.cut()?;
         trial.wait_one_running(&Machine::HOSTS)?;
         trial.heal(HostB)?;
         Ok(Machine::HOSTS.to_vec())
@@ -69,8 +70,9 @@ fn reverse_direction_is_dropped_during_switchover() {
 #[test]
 fn tail_of_the_stream_is_withheld() {
     trial("tail-withheld", |trial, _| {
+        let scissors = trial.scissors(HostA)?;
         at(trial, HostA, "stopped")?;
-        trial.drop_from(HostA)?;
+        scissors.cut()?;
         trial.wait_one_running(&Machine::HOSTS)?;
         trial.heal(HostA)?;
         Ok(Machine::HOSTS.to_vec())

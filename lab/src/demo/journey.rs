@@ -96,9 +96,10 @@ fn cross(options: &Options, say: &Narrator, image: &GuestImage, fleet: &mut Flee
     say.say("migrating: outrider migrate demo-guest --to host-b");
     let migration = migrate(options, fleet)?;
 
-    sabotage::after_migration(options, fleet, &guest, image, &secret)?;
+    let _second_copy = sabotage::after_migration(options, fleet, &guest, image, &secret, &observer)?;
     let before = client.summary().requests;
-    if !broken(Sabotage::Client) && !broken(Sabotage::StoppedTarget) {
+    let disturbed = [Sabotage::Client, Sabotage::StoppedTarget, Sabotage::SecondCopy, Sabotage::KilledTarget];
+    if !disturbed.into_iter().any(broken) {
         wait_requests(&client, before + WARM_UP_REQUESTS)?;
     }
     // Long enough for a copy that still executes to be seen: the observer looks every millisecond.
@@ -157,6 +158,9 @@ fn wait_requests(client: &Client, at_least: u64) -> Result<()> {
 
 /// Runs the operator's command (on a terminal with its live progress) and returns the migration in the end.
 fn migrate(options: &Options, fleet: &mut Fleet) -> Result<Value> {
+    if options.sabotage.contains(&Sabotage::LostTarget) {
+        fleet.kill(Machine::HostB)?;
+    }
     if options.sabotage.contains(&Sabotage::KilledTarget) {
         let id = fleet.migrate(VM, Machine::HostB)?;
         sabotage::kill_target(fleet)?;

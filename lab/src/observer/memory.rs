@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::{Duration, Instant};
 
 use outrider_lab_guest::page::{self, HEADER_BYTES, MAGIC_BYTES, PAGE_BYTES, Reading};
 use uuid::Uuid;
@@ -54,11 +55,17 @@ pub(super) struct Hint {
 pub(super) struct Look {
     pid: i32,
     magic: [u8; MAGIC_BYTES],
+    since: Instant,
 }
 
 impl Look {
     pub(super) fn new(pid: i32, magic: [u8; MAGIC_BYTES]) -> Self {
-        Self { pid, magic }
+        Self { pid, magic, since: Instant::now() }
+    }
+
+    /// For how long it has been looked for.
+    pub(super) fn waited(&self) -> Duration {
+        self.since.elapsed()
     }
 
     pub(super) fn pid(&self) -> i32 {
