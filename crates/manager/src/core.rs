@@ -10,10 +10,11 @@ use crate::policy::Policy;
 use registry::{Registry, RegistryError, Tx};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use types::MigrationId;
+use types::{MigrationId, Side};
 
 /// The manager's shared parts.
 pub(crate) struct Manager {
@@ -24,6 +25,7 @@ pub(crate) struct Manager {
     pub(crate) fleet: Fleet,
     pub(crate) feed: Feed,
     pub(crate) watch: Watch,
+    pub(crate) hurry: Hurry,
     pub(crate) anchor: Anchor,
     /// When this process started, microseconds since the Unix epoch.
     pub(crate) started_us: i64,
@@ -67,6 +69,40 @@ impl Manager {
     }
 }
 
+/// Between a vote and the commit a guest stands still: what is only news keeps out of the registry's way for a moment.
+#[derive(Default)]
+pub(crate) struct Hurry(Mutex<Option<Instant>>);
+
+/// A commit follows its votes within milliseconds; news may wait for this long, and no longer.
+const HURRY_LIMIT: Duration = Duration::from_millis(100);
+
+impl Hurry {
+    fn lock(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.lock().expect("no holder of this lock can panic: it only copies")
+    }
+
+    /// A vote came.
+    pub(crate) fn begin(&self) {
+        self.lock().get_or_insert_with(Instant::now);
+    }
+
+    /// It is decided.
+    pub(crate) fn end(&self) {
+        *self.lock() = None;
+    }
+
+    /// Waits while there is hurry.
+    pub(crate) async fn over(&self) {
+        while self.lock().is_some_and(|since| since.elapsed() < HURRY_LIMIT) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let mut since = self.lock();
+        if since.is_some_and(|s| s.elapsed() >= HURRY_LIMIT) {
+            *since = None;
+        }
+    }
+}
+
 /// Open migrations in this process: their wake-ups, and what moves too fast for the registry.
 #[derive(Default)]
 pub(crate) struct Watch {
@@ -78,6 +114,7 @@ struct Watched {
     notify: Arc<Notify>,
     reconciled: bool,
     progress: Progress,
+    sent: BTreeMap<(Side, &'static str), Instant>,
 }
 
 /// Counters of a running transfer. They are for people; nothing is decided by them but "no progress".
@@ -106,6 +143,24 @@ impl Watch {
     /// The wake-up of a migration whose reconciler runs.
     pub(crate) fn notify(&self, id: MigrationId) -> Arc<Notify> {
         Arc::clone(&self.lock().entry(id).or_default().notify)
+    }
+
+    /// Whether an order may go out now: not twice within `period`. Says yes once, and counts from then.
+    pub(crate) fn may_send(&self, id: MigrationId, order: (Side, &'static str), period: Duration) -> bool {
+        let mut entries = self.lock();
+        let sent = &mut entries.entry(id).or_default().sent;
+        let recently = sent.get(&order).is_some_and(|at| at.elapsed() < period);
+        if !recently {
+            sent.insert(order, Instant::now());
+        }
+        !recently
+    }
+
+    /// A side came back: whatever was on its way to it is lost, and goes out again.
+    pub(crate) fn resend_all(&self) {
+        for entry in self.lock().values_mut() {
+            entry.sent.clear();
+        }
     }
 
     /// Its reconciler ended.

@@ -63,6 +63,8 @@ impl Registry {
         let pool = AnyPoolOptions::new()
             .max_connections(CONNECTIONS)
             .acquire_timeout(Duration::from_secs(5))
+            // A file does not go away like a server does; the ping would stand in the way of every commit.
+            .test_before_acquire(false)
             .after_connect(|connection, _| {
                 async move {
                     let pragmas = sqlx::AssertSqlSafe(format!(

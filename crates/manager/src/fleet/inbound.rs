@@ -2,7 +2,7 @@
 
 use super::Session;
 use crate::core::Manager;
-use crate::migration::{events, gates, handover};
+use crate::migration::{events, gates, handover, reconcile};
 use crate::vms;
 use api::fleet::{AskRenounce, Hello, MigrationEvent, StatementStored, ToManager, to_host, to_manager};
 use engine::handover::RenunciationProof;
@@ -75,6 +75,7 @@ pub(super) async fn take_news(manager: Arc<Manager>, host: HostName, mut news: m
                 News::Caught(waiter) => waiting.push(waiter),
             }
         }
+        manager.hurry.over().await;
         events::received(&manager, &host, happened).await;
         for waiter in waiting {
             // Whoever waited may have gone.
@@ -85,10 +86,7 @@ pub(super) async fn take_news(manager: Arc<Manager>, host: HostName, mut news: m
 
 /// Statements that end something come after the news about it, so that a report is whole when it is final. Votes and
 /// the running receipt are in a hurry: the guest stands still.
-async fn catch_up(news: &mpsc::Sender<News>, statement: &Statement) {
-    if matches!(statement, Statement::Frozen(_) | Statement::Prepared(_) | Statement::Running(_)) {
-        return;
-    }
+async fn catch_up(news: &mpsc::Sender<News>) {
     let (caught, waiting) = oneshot::channel();
     if news.send(News::Caught(caught)).await.is_ok() {
         drop(tokio::time::timeout(CATCH_UP_LIMIT, waiting).await);
@@ -116,6 +114,7 @@ pub(super) async fn greeted(manager: &Arc<Manager>, session: &Arc<Session>, hell
             tracing::warn!(%host, code = %problem.code, "statement not taken: {}", problem.detail);
         }
     }
+    manager.watch.resend_all();
     if let Err(problem) = manager.wake_all().await {
         tracing::warn!("cannot wake the open migrations: {problem}");
     }
@@ -143,11 +142,11 @@ async fn stated(
     let digest = Digest::of(&token);
     let signed = SignedStatement::from_bytes(token)
         .map_err(|e| Problem::new(ErrorCode::BadRequest, format!("not a statement: {e}")))?;
-    let mut tx = manager.registry.read("signer").await?;
-    let (signer, key, statement) = verified(&mut tx, &session.host, &signed).await?;
-    drop(tx);
-    if let Some(news) = news {
-        catch_up(news, &statement).await;
+    let (signer, key, statement) = verified(manager, session, &signed).await?;
+    match (&statement, news) {
+        (Statement::Frozen(_) | Statement::Prepared(_), _) => manager.hurry.begin(),
+        (Statement::Running(_), _) | (_, None) => {}
+        (_, Some(news)) => catch_up(news).await,
     }
     let mut tx = manager.begin("statement").await?;
     let taken = match &statement {
@@ -164,9 +163,15 @@ async fn stated(
             }
         },
         other => {
-            let taken = apply(&mut tx, &signer, &key, other, digest, &signed).await?;
+            let orders = apply(&mut tx, &signer, &key, other, digest, &signed).await?;
             tx.commit().await?;
+            let taken = orders.is_some();
             if let Some(key) = handover::key_of(other) {
+                // At once, inside the downtime; the reconciler repeats what gets lost.
+                for order in orders.unwrap_or_default() {
+                    manager.hurry.end();
+                    reconcile::send(manager, key.migration, order);
+                }
                 manager.wake(key.migration);
             }
             taken
@@ -181,22 +186,20 @@ async fn stated(
 
 /// Who signed, with which key, and what. A host shows its own statements, and the other side's renunciation.
 async fn verified(
-    tx: &mut Tx,
-    host: &HostName,
+    manager: &Manager,
+    session: &Session,
     signed: &SignedStatement,
 ) -> Result<(HostName, VerifyingKey, Statement), Problem> {
+    let host = &session.host;
     let forged = |detail: String| Problem::new(ErrorCode::Forbidden, detail);
-    let row = tx.host(host).await?;
-    let key = row.and_then(|r| r.signing_key).and_then(|k| VerifyingKey::from_bytes(&k).ok());
-    let key = key.ok_or_else(|| forged(format!("host {host} has no signing key on record")))?;
-    match statement::verify(signed, &key) {
-        Ok(statement) => return Ok((host.clone(), key, statement)),
+    match statement::verify(signed, &session.signing_key) {
+        Ok(statement) => return Ok((host.clone(), session.signing_key, statement)),
         Err(SignatureError::UnknownKeyId { .. }) => {}
         Err(error) => {
             return Err(forged(format!("host {host} shows a statement that does not verify: {error}")));
         }
     }
-    for other in tx.hosts().await? {
+    for other in manager.registry.read("signer").await?.hosts().await? {
         let key = other.signing_key.as_ref().and_then(|k| VerifyingKey::from_bytes(k).ok());
         let Some(key) = key else { continue };
         if let Ok(statement @ Statement::Renounced(_)) = statement::verify(signed, &key) {
@@ -206,7 +209,7 @@ async fn verified(
     Err(forged(format!("host {host} shows a statement of nobody known")))
 }
 
-/// Applies a hand-over's statement. `false`: not now, to be shown again.
+/// Applies a hand-over's statement: the orders that follow. `None`: not now, to be shown again.
 async fn apply(
     tx: &mut Tx,
     signer: &HostName,
@@ -214,8 +217,8 @@ async fn apply(
     statement: &Statement,
     digest: Digest,
     signed: &SignedStatement,
-) -> Result<bool, Problem> {
-    let Some(attempt) = handover::key_of(statement) else { return Ok(false) };
+) -> Result<Option<Vec<handover::Addressed>>, Problem> {
+    let Some(attempt) = handover::key_of(statement) else { return Ok(None) };
     let row = tx.migration(attempt.migration).await?.ok_or_else(|| handover::unknown(attempt.migration))?;
     let permit = tx.permit(row.id).await?.ok_or_else(|| handover::unknown(row.id))?;
     let side = match () {
@@ -240,17 +243,17 @@ async fn apply(
     };
     let actor = format!("host/{signer}");
     match handover::apply_in(tx, &actor, row.id, event).await? {
-        handover::Applied::Taken => {
+        handover::Applied::Taken(held) => {
             let kind = handover::kind_of(statement);
             tx.add_statement(row.id, kind, signer, digest, signed.as_bytes()).await?;
             if matches!(statement, Statement::AskRenounce(_)) {
                 handover::keep_ask(tx, row.id, signed.as_bytes()).await?;
             }
-            Ok(true)
+            Ok(Some(handover::orders(&held, &permit.claims.target.daemon_key)))
         }
         handover::Applied::Refused(refusal) => {
             tracing::debug!(migration = %row.id, host = %signer, "statement refused: {refusal}");
-            Ok(false)
+            Ok(None)
         }
     }
 }
@@ -281,7 +284,7 @@ async fn refused_request(
     // A replay must not end the migration that the first copy began.
     if let Some(row) = row.filter(|r| r.source == session.host && problem.code != ErrorCode::ReplayedRequest)
     {
-        crate::migration::reconcile::refuse(manager, &row, problem.clone()).await?;
+        reconcile::refuse(manager, &row, problem.clone()).await?;
         manager.wake(row.id);
     }
     session.tell(to_host::Body::StatementStored(StatementStored { digest: digest.0.to_vec() }))?;

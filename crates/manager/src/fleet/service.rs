@@ -157,7 +157,9 @@ async fn enter(
         return Err(problem);
     }
     let (outbox, orders) = mpsc::channel(OUTBOX_ORDERS);
-    let session = Session::new(host.clone(), caller.address.ip(), reported, outbox);
+    let signing_key = permit::VerifyingKey::from_bytes(&hello.signing_key)
+        .map_err(|e| Problem::new(ErrorCode::HostMismatch, format!("host {host}: {e}")))?;
+    let session = Session::new(host.clone(), caller.address.ip(), reported, signing_key, outbox);
     session.tell(to_host::Body::Welcome(welcome(manager)))?;
     let mut tx = manager.begin("host attached").await?;
     tx.host_seen(&host, &hello.version.chars().take(64).collect::<String>(), &session.interfaces).await?;

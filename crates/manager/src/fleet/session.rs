@@ -2,6 +2,7 @@
 
 use crate::clock;
 use api::fleet::{Reply, ToHost, reply, to_host};
+use permit::VerifyingKey;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -32,6 +33,8 @@ pub(crate) struct Session {
     pub(crate) address: IpAddr,
     /// As reported in its hello.
     pub(crate) interfaces: Vec<Interface>,
+    /// With which its daemon signs: the one of its record, which it showed in its hello.
+    pub(crate) signing_key: VerifyingKey,
     outbox: mpsc::Sender<Result<ToHost, Status>>,
     pending: Mutex<BTreeMap<u64, oneshot::Sender<Reply>>>,
     next_id: AtomicU64,
@@ -45,12 +48,14 @@ impl Session {
         host: HostName,
         address: IpAddr,
         interfaces: Vec<Interface>,
+        signing_key: VerifyingKey,
         outbox: mpsc::Sender<Result<ToHost, Status>>,
     ) -> Arc<Self> {
         Arc::new(Self {
             host,
             address,
             interfaces,
+            signing_key,
             outbox,
             pending: Mutex::default(),
             next_id: AtomicU64::new(1),

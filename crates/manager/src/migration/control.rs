@@ -145,7 +145,7 @@ async fn terminate(
     for _ in 0..50 {
         let event = Event::AbortRequested(reason_of(&problem));
         match handover::apply(manager, &caller.audit_name(), row.id, event).await {
-            Ok(handover::Applied::Taken) => return Ok(()),
+            Ok(handover::Applied::Taken(_)) => return Ok(()),
             Ok(handover::Applied::Refused(refusal)) => {
                 let detail = format!("migration {} cannot be terminated: {refusal}", row.id);
                 return Err(Problem::new(ErrorCode::TooLate, detail));
@@ -183,7 +183,7 @@ pub(crate) async fn fenced(
     tx.commit().await?;
     let event = if side == Side::Source { Event::SourceFenced } else { Event::TargetFenced };
     match handover::apply(manager, &caller.audit_name(), id, event).await? {
-        handover::Applied::Taken => Ok(()),
+        handover::Applied::Taken(_) => Ok(()),
         handover::Applied::Refused(refusal) => {
             Err(Problem::new(ErrorCode::WrongState, format!("the word changes nothing: {refusal}")))
         }

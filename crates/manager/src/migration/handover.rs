@@ -38,8 +38,8 @@ pub(crate) fn read(row: &MigrationRow) -> Result<Option<HandoverRow>, RegistryEr
 /// What applying an event came to.
 #[derive(Debug)]
 pub(crate) enum Applied {
-    /// It is durable (again).
-    Taken,
+    /// It is durable (again); so the row stands now.
+    Taken(Box<HandoverRow>),
     /// The rules refuse it.
     Refused(decider::Refusal),
 }
@@ -81,8 +81,9 @@ pub(crate) async fn apply_in(
     match decider::decide(&held, event.clone()) {
         Ok(outcome) => {
             note(&mut facts, &event, &outcome.row, tx.now_us());
+            let after = Box::new(outcome.row.clone());
             settle(tx, actor, &mut row, facts, &held, outcome, &what).await?;
-            Ok(Applied::Taken)
+            Ok(Applied::Taken(after))
         }
         Err(refusal) => {
             // "Not yet" is said again every second; it is no news.

@@ -5,13 +5,13 @@ use crate::clock;
 use crate::core::Manager;
 use crate::fleet::order_text;
 use crate::migration::facts::reason_of;
+use crate::migration::handover::Addressed;
 use crate::migration::{Facts, gates, handover, permit};
 use api::fleet::{Control, Decline, Forget, Intent, PrepareTarget, Renounce, StartSource, reply, to_host};
 use engine::handover::decider::{Event, HandoverRow, RowState};
 use engine::handover::{RESEND_MS, SOURCE_SILENCE_MS};
 use registry::MigrationRow;
 use serde_json::json;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use types::handover::{NoVote, Statement};
@@ -36,9 +36,8 @@ const FAREWELL_LIMIT: Duration = Duration::from_secs(10);
 /// Runs until the migration is closed or the manager ends.
 pub(crate) async fn run(manager: Arc<Manager>, id: MigrationId) {
     let notify = manager.watch.notify(id);
-    let mut sent = BTreeMap::new();
     loop {
-        let pause = match step(&manager, id, &mut sent).await {
+        let pause = match step(&manager, id).await {
             Ok(Step::Closed) => break,
             Ok(Step::Again) => Duration::ZERO,
             Ok(Step::Wait(pause)) => pause,
@@ -68,9 +67,7 @@ pub(crate) enum Step {
     Wait(Duration),
 }
 
-type Sent = BTreeMap<(Side, &'static str), Instant>;
-
-async fn step(manager: &Arc<Manager>, id: MigrationId, sent: &mut Sent) -> Result<Step, Problem> {
+async fn step(manager: &Arc<Manager>, id: MigrationId) -> Result<Step, Problem> {
     let row = manager.registry.read("reconcile").await?.migration(id).await?;
     let row = row.ok_or_else(|| handover::unknown(id))?;
     if !row.open {
@@ -78,17 +75,17 @@ async fn step(manager: &Arc<Manager>, id: MigrationId, sent: &mut Sent) -> Resul
     }
     let facts = Facts::of(&row)?;
     match row.state {
-        MigrationState::Requested => request(manager, &row, sent).await,
+        MigrationState::Requested => request(manager, &row).await,
         MigrationState::Deciding => decide(manager, &row).await,
         _ => match handover::read(&row)? {
             None => permit::sign(manager, &row).await.map(|()| Step::Again),
-            Some(held) => hand_over(manager, &row, &facts, &held, sent).await,
+            Some(held) => hand_over(manager, &row, &facts, &held).await,
         },
     }
 }
 
 /// Hands the operator's intent to the source, which answers with its signed request.
-async fn request(manager: &Arc<Manager>, row: &MigrationRow, sent: &mut Sent) -> Result<Step, Problem> {
+async fn request(manager: &Arc<Manager>, row: &MigrationRow) -> Result<Step, Problem> {
     let left_us = row.requested_at_us + REQUEST_LIMIT_US - clock::now_us();
     if left_us <= 0 {
         let detail = format!("host {} did not sign the request in time", row.source);
@@ -96,7 +93,8 @@ async fn request(manager: &Arc<Manager>, row: &MigrationRow, sent: &mut Sent) ->
     }
     let order =
         Intent { intent: row.intent.to_string(), vm: row.vm.to_string(), target: row.target.to_string() };
-    send(manager, row.id, Side::Source, &row.source, to_host::Body::Intent(order), sent);
+    let body = to_host::Body::Intent(order);
+    send(manager, row.id, Addressed { side: Side::Source, host: row.source.clone(), body });
     Ok(Step::Wait(Duration::from_millis(RESEND_MS)))
 }
 
@@ -148,7 +146,6 @@ async fn hand_over(
     row: &MigrationRow,
     facts: &Facts,
     held: &HandoverRow,
-    sent: &mut Sent,
 ) -> Result<Step, Problem> {
     if let RowState::Open(open) = &held.state
         && open.abort.is_none()
@@ -180,9 +177,9 @@ async fn hand_over(
     }
     let target_key = target_key(manager, row).await?;
     for order in handover::orders(held, &target_key) {
-        send(manager, row.id, order.side, &order.host, order.body, sent);
+        send(manager, row.id, order);
     }
-    relay_ask(manager, row, facts, held, sent);
+    relay_ask(manager, row, facts, held);
     Ok(Step::Wait(Duration::from_millis(RESEND_MS)))
 }
 
@@ -207,7 +204,7 @@ async fn target_key(manager: &Manager, row: &MigrationRow) -> Result<Vec<u8>, Pr
 }
 
 /// Passes the frozen source's signed ask on to the target until it is settled.
-fn relay_ask(manager: &Arc<Manager>, row: &MigrationRow, facts: &Facts, held: &HandoverRow, sent: &mut Sent) {
+fn relay_ask(manager: &Arc<Manager>, row: &MigrationRow, facts: &Facts, held: &HandoverRow) {
     let RowState::Open(_) = held.state else { return };
     let Some(token) = facts.ask_renounce.as_ref().and_then(|text| hex::decode(text).ok()) else { return };
     let order = Renounce {
@@ -215,7 +212,8 @@ fn relay_ask(manager: &Arc<Manager>, row: &MigrationRow, facts: &Facts, held: &H
         reason: "the frozen source asks for it".to_owned(),
         request: token,
     };
-    send(manager, row.id, Side::Target, &row.target, to_host::Body::Renounce(order), sent);
+    let body = to_host::Body::Renounce(order);
+    send(manager, row.id, Addressed { side: Side::Target, host: row.target.clone(), body });
 }
 
 /// What took too long, if anything. Never past the commit: only open rows come here.
@@ -425,25 +423,14 @@ pub(crate) async fn mark(
 }
 
 /// Sends an order unless it went out less than [`RESEND_MS`] ago; what the host says against it is looked at.
-fn send(
-    manager: &Arc<Manager>,
-    id: MigrationId,
-    side: Side,
-    host: &HostName,
-    body: to_host::Body,
-    sent: &mut Sent,
-) {
+pub(crate) fn send(manager: &Arc<Manager>, id: MigrationId, order: Addressed) {
+    let Addressed { side, host, body } = order;
     let kind = order_text(&body);
-    let recently = |at: &Instant| at.elapsed() < Duration::from_millis(RESEND_MS);
-    let Some(session) = manager.fleet.session(host) else {
-        sent.remove(&(side, kind));
-        return;
-    };
-    if sent.get(&(side, kind)).is_some_and(recently) {
+    let Some(session) = manager.fleet.session(&host) else { return };
+    if !manager.watch.may_send(id, (side, kind), Duration::from_millis(RESEND_MS)) {
         return;
     }
-    sent.insert((side, kind), Instant::now());
-    let (manager, host) = (Arc::clone(manager), host.clone());
+    let manager = Arc::clone(manager);
     manager.tasks.clone().spawn(async move {
         if let Err(problem) = session.order(body, Duration::from_millis(2 * RESEND_MS)).await {
             tracing::debug!(migration = %id, %host, order = kind, "{problem}");

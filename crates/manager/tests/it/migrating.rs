@@ -48,6 +48,13 @@ fn id(text: &str) -> MigrationId {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_moves_there_and_back_and_the_report_is_whole() {
     let p = pair().await;
+    let since = std::time::Instant::now();
+    for host in [&p.a, &p.b] {
+        let name = host.name.clone();
+        *host.on_step.lock().unwrap() = Some(Box::new(move |step| {
+            println!("{:7.1} ms {name} {step}", since.elapsed().as_secs_f64() * 1000.0)
+        }));
+    }
     let m = p.world.migrate("vm", "host-b").await;
     let view = p.world.ended(&m).await;
     assert_eq!(view["state"], "completed", "{view}");
@@ -64,6 +71,7 @@ async fn a_vm_moves_there_and_back_and_the_report_is_whole() {
     assert_eq!(stages, ["setup", "memory-transfer", "switchover", "network-cleanup"]);
     assert!(view["total_ms"].as_f64().unwrap() >= view["request_to_running_ms"].as_f64().unwrap());
     assert!(view["permit_decision_ms"].as_f64().unwrap() > 0.0);
+    println!("permit decision {} ms, stages {}", view["permit_decision_ms"], view["stages"]);
     assert!(view["permit"]["id"].as_str().unwrap().len() == 64);
     let back = p.world.migrate("vm", "host-a").await;
     assert_eq!(p.world.ended(&back).await["state"], "completed");
