@@ -77,6 +77,8 @@ struct Attempt {
 struct Inner {
     attempts: BTreeMap<MigrationId, Attempt>,
     vms: BTreeMap<VmId, u64>,
+    /// Signed requests that were sent.
+    requests: Vec<Vec<u8>>,
     /// Statements that the manager has not confirmed.
     open: Vec<Vec<u8>>,
     permit_keys: KeyRing,
@@ -318,10 +320,31 @@ impl FakeHost {
     async fn state(&self, statement: &Statement) {
         let signed = permit::statement::sign(&self.key, statement).unwrap();
         let token = signed.as_bytes().to_vec();
-        self.inner.lock().unwrap().open.push(token.clone());
+        {
+            let mut inner = self.inner.lock().unwrap();
+            inner.open.push(token.clone());
+            if matches!(statement, Statement::Request(_)) {
+                inner.requests.push(token.clone());
+            }
+        }
         self.send(to_manager::Body::Statement(SignedStatement { token })).await;
         let kind = serde_json::to_value(statement).unwrap()["kind"].as_str().unwrap().to_owned();
         self.step(&format!("statement {kind}"));
+    }
+
+    /// One of its QEMUs ends by itself.
+    pub(crate) async fn vm_died(&self, vm: VmId) {
+        self.inner.lock().unwrap().vms.remove(&vm);
+        self.physical.lock().unwrap().stop(vm, self.name.as_str());
+        let event =
+            api::fleet::VmEvent { vm: vm.to_string(), state: "dead".to_owned(), detail: String::new() };
+        self.send(to_manager::Body::VmEvent(event)).await;
+    }
+
+    /// Sends its first signed request once more.
+    pub(crate) async fn replay_request(&self) {
+        let token = self.inner.lock().unwrap().requests[0].clone();
+        self.send(to_manager::Body::Statement(SignedStatement { token })).await;
     }
 
     pub(crate) async fn event(&self, migration: MigrationId, kind: &str, detail: Value) {

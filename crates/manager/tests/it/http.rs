@@ -156,3 +156,53 @@ async fn a_taken_folder_a_taken_port_and_a_bad_policy_are_named() {
     assert!(policy.detail.contains("rol"), "{policy}");
     tokio::task::block_in_place(|| world.end()).unwrap();
 }
+
+/// The state folder on a file system that runs full: the manager stays up, refuses what it cannot write down, still
+/// shows what it knows, and goes on when there is room again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_refuses_and_recovers() {
+    let folder = tempfile::tempdir().unwrap();
+    let mount = folder.path().join("small");
+    std::fs::create_dir(&mount).unwrap();
+    let mut command = std::process::Command::new("mount");
+    let mounted = command.args(["-t", "tmpfs", "-o", "size=4m", "tmpfs"]).arg(&mount).status();
+    if !mounted.is_ok_and(|s| s.success()) {
+        println!("SKIPPED a_full_disk: this user may not mount a tmpfs");
+        return;
+    }
+    let unmount = Unmount(mount.clone());
+    let world = World::at(folder, mount.join("m"));
+    world.ok("/v1/vms", &vm_spec("vm", 1)).await;
+    let ballast = mount.join("ballast");
+    let mut file = std::fs::File::create(&ballast).unwrap();
+    while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
+    // What the write-ahead log has room for still goes in; then it is refused.
+    let mut number = 1;
+    let refused = loop {
+        number += 1;
+        let answer = world.post("/v1/vms", &vm_spec(&format!("vm-{number}"), number)).await;
+        if !answer.status.is_success() {
+            break answer;
+        }
+        assert!(number < 250, "the disk never filled");
+    };
+    assert_eq!((refused.status.as_u16(), refused.code()), (503, "registry-unavailable"), "{}", refused.body);
+    assert!(refused.body["hint"].as_str().unwrap().contains("make room"));
+    assert_eq!(world.request("GET", "/readyz", "", "").await.status, 503);
+    assert_eq!(world.request("GET", "/healthz", "", "").await.status, 200);
+    assert_eq!(world.get("/v1/vms").await.as_array().unwrap().len(), usize::from(number) - 1);
+    std::fs::remove_file(&ballast).unwrap();
+    drop(file);
+    world.ok("/v1/vms", &vm_spec(&format!("vm-{number}"), number)).await;
+    assert_eq!(world.get("/v1/audit/verify").await["verified"], true);
+    drop(world);
+    drop(unmount);
+}
+
+struct Unmount(std::path::PathBuf);
+impl Drop for Unmount {
+    fn drop(&mut self) {
+        let done = std::process::Command::new("umount").arg("--lazy").arg(&self.0).status();
+        assert!(done.is_ok_and(|s| s.success()), "cannot unmount {}", self.0.display());
+    }
+}

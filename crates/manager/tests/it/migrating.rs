@@ -293,3 +293,62 @@ async fn a_host_that_takes_no_part_cannot_speak_for_a_migration() {
     let view = p.world.ended(&m).await;
     assert_eq!(view["state"], "completed", "{view}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signed_request_is_good_once_also_after_a_restart() {
+    let p = pair().await;
+    let m = p.world.migrate("vm", "host-b").await;
+    assert_eq!(p.world.ended(&m).await["state"], "completed");
+    p.world.kill();
+    p.world.start();
+    p.world.until("a is back", async || p.world.get("/v1/hosts/host-a").await["state"] == "connected").await;
+    p.a.replay_request().await;
+    p.world
+        .until("the replay is on record", async || {
+            let audit = p.world.get("/v1/audit").await;
+            let refused = |e: &Value| {
+                e["action"] == "migration.request-refused" && e["detail"]["code"] == "replayed-request"
+            };
+            audit.as_array().unwrap().iter().any(refused)
+        })
+        .await;
+    assert_eq!(p.world.get("/v1/migrations").await.as_array().unwrap().len(), 1);
+    p.world.check_settled(p.vm, "host-b").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_watches_hears_what_happens_and_who_comes_late_hears_what_happened() {
+    let p = pair().await;
+    let watching = Arc::clone(&p.world);
+    let all = tokio::spawn(async move {
+        watching.events("/v1/events", |text| text.contains("\"kind\":\"running\"")).await
+    });
+    // The stream is open before anything happens.
+    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    let m = p.world.migrate("vm", "host-b").await;
+    p.world.ended(&m).await;
+    let all = all.await.unwrap();
+    for kind in ["connected", "progress", "stopped", "running"] {
+        assert!(all.contains(&format!("\"kind\":\"{kind}\"")), "{kind}: {all}");
+    }
+    let path = format!("/v1/migrations/{m}/events");
+    let late = p.world.events(&path, |text| text.contains("\"kind\":\"responsive\"")).await;
+    assert!(late.contains("\"kind\":\"connected\"") && late.contains("event: migration"), "{late}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_dies_meanwhile_is_failed_in_the_end() {
+    let p = pair().await;
+    p.manners(|m| m.flows = false);
+    let m = p.world.migrate("vm", "host-b").await;
+    p.state_is(&m, "memory-transfer").await;
+    p.a.vm_died(p.vm).await;
+    p.a.event(id(&m), "failed", json!({ "code": "hypervisor-failed", "detail": "QEMU died" })).await;
+    let view = p.world.ended(&m).await;
+    assert_eq!(
+        (&view["state"], &view["problem"]["code"]),
+        (&json!("failed"), &json!("hypervisor-failed")),
+        "{view}"
+    );
+    assert_eq!(p.world.get("/v1/vms/vm").await["state"], "failed");
+}

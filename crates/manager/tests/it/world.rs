@@ -46,11 +46,12 @@ impl Physical {
 
 /// What is shared by everything in one test.
 pub(crate) struct World {
-    pub(crate) folder: TempDir,
+    _folder: TempDir,
     pub(crate) physical: Arc<Mutex<Physical>>,
     /// Where hosts find the manager now; `None` while there is none.
     pub(crate) hosts_port: Arc<Mutex<Option<SocketAddr>>>,
     manager: Mutex<Option<Process>>,
+    state: std::path::PathBuf,
 }
 
 struct Process {
@@ -136,13 +137,21 @@ fn try_launch(config: Config) -> Result<(Process, Running), Problem> {
 
 impl World {
     pub(crate) fn new() -> Arc<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join("m");
+        Self::at(folder, state)
+    }
+
+    /// A world whose manager keeps its state in this folder.
+    pub(crate) fn at(folder: TempDir, state: std::path::PathBuf) -> Arc<Self> {
         if std::env::var_os("OUTRIDER_TEST_LOG").is_some() {
             drop(
                 tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_test_writer().try_init(),
             );
         }
         let world = Arc::new(Self {
-            folder: tempfile::tempdir().unwrap(),
+            _folder: folder,
+            state,
             physical: Arc::default(),
             hosts_port: Arc::default(),
             manager: Mutex::new(None),
@@ -152,7 +161,7 @@ impl World {
     }
 
     pub(crate) fn state(&self) -> std::path::PathBuf {
-        self.folder.path().join("m")
+        self.state.clone()
     }
 
     pub(crate) fn start(&self) {
@@ -221,6 +230,29 @@ impl World {
         connection.abort();
         let text = String::from_utf8_lossy(&bytes).into_owned();
         Answer { status, kind, body: serde_json::from_slice(&bytes).unwrap_or(Value::String(text)) }
+    }
+
+    /// Opens an event stream and collects what it says until `enough`.
+    pub(crate) async fn events(&self, path: &str, mut enough: impl FnMut(&str) -> bool) -> String {
+        let stream = connect_operator(&self.operators().to_string(), &self.ca()).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        let connection = tokio::spawn(connection);
+        let request = Request::builder()
+            .uri(path)
+            .header("host", "manager")
+            .header("authorization", format!("Bearer {}", self.token()))
+            .body(Full::new(Bytes::new()))
+            .unwrap();
+        let mut body = sender.send_request(request).await.unwrap().into_body();
+        let mut text = String::new();
+        while !enough(&text) {
+            let frame = tokio::time::timeout(PATIENCE, body.frame()).await.expect("an event in time");
+            let Some(Ok(frame)) = frame else { break };
+            text.push_str(&String::from_utf8_lossy(frame.data_ref().unwrap()));
+        }
+        connection.abort();
+        text
     }
 
     pub(crate) async fn get(&self, path: &str) -> Value {
