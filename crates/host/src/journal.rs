@@ -13,7 +13,7 @@
 //! first record = {journal id, key}
 //! ```
 
-use engine::handover::journal::Entry;
+use engine::handover::journal::{Entry, SourceFact, TargetFact};
 use permit::document::{self, DocumentKind};
 use permit::{SigningKey, chain};
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,10 @@ const SEAL_BYTES_MAX: usize = 1024;
 const PAYLOAD_BYTES_MAX: usize = 64 * 1024;
 /// About a million entries: far beyond what a host writes, and a bound on what a start reads.
 const FILE_BYTES_MAX: u64 = 1 << 30;
+
+/// Room that is set aside on the disk: a hand-over that has begun must be able to write its end, or a full disk would
+/// hold a frozen guest. A dozen hand-overs' entries.
+const RESERVE_BYTES: u64 = 128 * 1024;
 
 /// Why the journal can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -167,7 +171,21 @@ impl Journal {
     /// # Errors
     /// It is not durable, and the step that it announces must not be taken.
     pub fn append(&mut self, entry: &Entry, at_unix_us: u64) -> Result<(), JournalError> {
+        let reserved = self.reserve();
+        if opens(entry) {
+            reserved.map_err(|e| self.refused(e))?;
+        }
         self.append_record(&Record::Handover { at_unix_us, entry: Box::new(entry.clone()) })
+    }
+
+    /// Sets room aside beyond the end of the file, whose size stays the same.
+    fn reserve(&self) -> std::io::Result<()> {
+        let keep = rustix::fs::FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.file, keep, self.end, RESERVE_BYTES) {
+            // A file system that can't, does not.
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn create(&mut self) -> std::io::Result<()> {
@@ -213,6 +231,14 @@ impl Journal {
 
     fn refused(&self, source: std::io::Error) -> JournalError {
         JournalError::Write { path: self.path.clone(), source }
+    }
+}
+
+/// Whether a hand-over begins with it.
+fn opens(entry: &Entry) -> bool {
+    match entry {
+        Entry::Source(e) => matches!(e.fact, SourceFact::Opened { .. } | SourceFact::Declined { .. }),
+        Entry::Target(e) => matches!(e.fact, TargetFact::Consumed { .. }),
     }
 }
 
@@ -329,7 +355,10 @@ fn zero_tail(bytes: &[u8]) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use engine::handover::journal::{SourceEntry, SourceFact};
+    use engine::handover::Attempt;
+    use engine::handover::journal::SourceEntry;
+    use types::ErrorCode;
+    use types::handover::AbortReason;
     use types::handover::HandoverKey;
     use types::{Epoch, MigrationId, VmId};
 
@@ -417,20 +446,48 @@ mod tests {
         assert!(matches!(other, Err(JournalError::Damaged { .. })));
     }
 
-    #[test]
-    fn a_full_disk_refuses_the_step_and_keeps_what_was_there() {
+    /// A file system of that size; `None` where none can be mounted.
+    fn small_disk(size: &str) -> Option<tempfile::TempDir> {
         let folder = tempfile::tempdir().unwrap();
+        let options = format!("size={size}");
         let mounted = std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=8k", "outrider-test"])
+            .args(["-t", "tmpfs", "-o", &options, "outrider-test"])
             .arg(folder.path())
             .status()
             .is_ok_and(|s| s.success());
         if !mounted {
             eprintln!("SKIPPED: a tmpfs can't be mounted here");
-            return;
         }
+        mounted.then_some(folder)
+    }
+
+    fn unmount(folder: &tempfile::TempDir) {
+        let unmounted = std::process::Command::new("umount").arg("-l").arg(folder.path()).status();
+        assert!(unmounted.is_ok_and(|s| s.success()));
+    }
+
+    fn declined() -> Entry {
+        let Entry::Source(SourceEntry { key, .. }) = entry(1) else { unreachable!("it is a source's") };
+        let attempt = Attempt {
+            key,
+            permit: Digest([1; 32]),
+            nonce: Nonce::from_bytes([3; 16]),
+            source: "host-a".parse().unwrap(),
+            target: "host-b".parse().unwrap(),
+            target_journal: Nonce::from_bytes([4; 16]),
+            run_budget_ms: 1,
+        };
+        let reason = AbortReason { code: ErrorCode::Terminated, detail: String::new() };
+        Entry::Source(SourceEntry { key, fact: SourceFact::Declined { attempt: Box::new(attempt), reason } })
+    }
+
+    #[test]
+    fn a_full_disk_refuses_the_step_and_keeps_what_was_there() {
+        let Some(folder) = small_disk("8k") else { return };
         let path = folder.path().join("journal");
         let (mut journal, _) = open(&path, 1).unwrap();
+        // There is room for it, but not for what may follow.
+        let refused_to_begin = journal.append(&declined(), 1);
         let mut kept = 0;
         let refused = loop {
             match journal.append(&entry(kept), 1) {
@@ -438,12 +495,26 @@ mod tests {
                 Err(error) => break error,
             }
         };
-        assert!(matches!(refused, JournalError::Write { .. }), "{refused}");
         let read_back = open(&path, 2).map(|(_, entries)| entries.len());
-        std::fs::remove_file(&path).unwrap();
-        drop(journal);
-        let unmounted = std::process::Command::new("umount").arg(folder.path()).status();
-        assert!(unmounted.is_ok_and(|s| s.success()));
+        unmount(&folder);
+        assert!(matches!(refused_to_begin, Err(JournalError::Write { .. })), "{refused_to_begin:?}");
+        assert!(kept > 0 && matches!(refused, JournalError::Write { .. }), "{refused}");
         assert_eq!(read_back.unwrap(), usize::from(kept));
+    }
+
+    #[test]
+    fn what_has_begun_can_be_written_to_its_end_on_a_full_disk() {
+        let Some(folder) = small_disk("400k") else { return };
+        let path = folder.path().join("journal");
+        let (mut journal, _) = open(&path, 1).unwrap();
+        let begun = journal.append(&declined(), 1);
+        // Somebody else takes the rest.
+        std::fs::write(folder.path().join("other"), vec![0; 400 << 10]).unwrap_err();
+        let all: Vec<_> = (0..20).map(|n| journal.append(&entry(n), 1)).collect();
+        let another = journal.append(&declined(), 1);
+        unmount(&folder);
+        begun.unwrap();
+        assert!(matches!(another, Err(JournalError::Write { .. })), "nothing new is begun");
+        assert!(all.iter().all(Result::is_ok), "{all:?}");
     }
 }

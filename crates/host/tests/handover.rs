@@ -3,7 +3,10 @@
 
 mod support;
 
+use api::fleet::{self, to_host};
 use engine::handover::decider::RowState;
+use serde_json::json;
+use std::path::Path;
 use std::time::Duration;
 use support::Manager;
 use support::host::{Host, missing, run_child};
@@ -26,10 +29,14 @@ struct Lab {
     inventory: Inventory,
 }
 
-fn spec() -> VmSpec {
+/// With a shared disk under QEMU's default locking: the two copies contend for it at every hand-over.
+fn spec(folder: &Path, memory_bytes: u64) -> VmSpec {
+    let disk = folder.join("disk");
+    std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
     serde_json::from_value(serde_json::json!({
         "uuid": "11111111-2222-3333-4444-555555555555", "name": "tiny", "accel": "tcg", "vcpus": 1,
-        "memory_bytes": 64 << 20,
+        "memory_bytes": memory_bytes,
+        "disks": [{"path": disk, "format": "raw", "volume": "v", "shared": true}],
     }))
     .unwrap()
 }
@@ -38,6 +45,15 @@ fn spec() -> VmSpec {
 static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 async fn lab() -> Option<Lab> {
+    lab_with(64 << 20).await
+}
+
+/// With so much memory that the transfer can be met in its middle, although every page is zero.
+async fn slow_lab() -> Option<Lab> {
+    lab_with(1 << 30).await
+}
+
+async fn lab_with(memory_bytes: u64) -> Option<Lab> {
     if let Some(reason) = missing() {
         eprintln!("SKIPPED: {reason}");
         return None;
@@ -46,8 +62,9 @@ async fn lab() -> Option<Lab> {
     let manager = Manager::start(folder.path()).await;
     let a = Host::start(&manager, folder.path(), "host-a", "127.0.0.1").await;
     let b = Host::start(&manager, folder.path(), "host-b", "127.0.0.2").await;
-    let inventory = manager.start_vm("host-a", &spec(), 1).await;
-    Some(Lab { _folder: folder, manager, a, b, spec: spec(), inventory })
+    let spec = spec(folder.path(), memory_bytes);
+    let inventory = manager.start_vm("host-a", &spec, 1).await;
+    Some(Lab { _folder: folder, manager, a, b, spec, inventory })
 }
 
 impl Lab {
@@ -59,6 +76,8 @@ impl Lab {
     async fn slow(&self) -> types::permit::PermitClaims {
         let claims = self.migrate(1, "host-a", "host-b").await;
         self.manager.control("host-a", claims.key.migration, "throttle", 20_000).await;
+        let early = self.manager.world.lock().unwrap().events.iter().any(|(_, _, kind, _)| kind == "stopped");
+        assert!(!early, "the transfer was over before it could be slowed");
         claims
     }
 }
@@ -79,11 +98,11 @@ async fn a_vm_moves_there_and_back() {
     lab.manager.row("completed", there.migration, completed).await;
     lab.a.only(0).await;
     lab.b.only(1).await;
+    assert_eq!(lab.b.guest().await, "running");
     let running = lab.manager.event(there.migration, "peer-running").await;
     let downtime = running["downtime_ms"].as_f64().unwrap();
     let parts: f64 =
         running["parts"].as_array().unwrap().iter().map(|p| p["duration_ms"].as_f64().unwrap()).sum();
-    eprintln!("peer-running {running}");
     assert!(downtime > 0.0 && (parts - downtime).abs() < 1.0, "{running}");
     for kind in
         ["prepared", "connected", "stopped", "end-of-stream", "frozen", "accepted", "running", "released"]
@@ -101,7 +120,7 @@ async fn a_vm_moves_there_and_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn suspended_resumed_and_terminated_in_mid_flight() {
     let _turn = TURN.lock().await;
-    let Some(lab) = lab().await else { return };
+    let Some(lab) = slow_lab().await else { return };
     let claims = lab.slow().await;
     let id = claims.key.migration;
     lab.manager.control("host-a", id, "suspend", 0).await;
@@ -115,7 +134,7 @@ async fn suspended_resumed_and_terminated_in_mid_flight() {
     lab.manager.row("given up", id, given_up).await;
     lab.a.only(1).await;
     lab.b.only(0).await;
-    assert_eq!(lab.a.unfrozen(), 1);
+    assert_eq!(lab.a.guest().await, "running");
     // It can move afterwards, under epochs above the burnt ones.
     let again = lab.migrate(4, "host-a", "host-b").await.key;
     lab.manager.row("completed", again.migration, completed).await;
@@ -135,6 +154,7 @@ async fn a_frozen_source_that_hears_nothing_asks_the_target_directly() {
     lab.manager.event(id, "thawed").await;
     lab.a.until("thawed", |a| a.unfrozen() == 1).await;
     lab.b.until("the target's copy is dead", |b| b.qemus().is_empty()).await;
+    assert_eq!(lab.a.guest().await, "running");
     // The proof is adopted when the manager is back.
     lab.manager.hold(&[], false);
     lab.manager.row("given up", id, given_up).await;
@@ -145,7 +165,7 @@ async fn a_frozen_source_that_hears_nothing_asks_the_target_directly() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_source_daemon_dies_in_the_transfer() {
     let _turn = TURN.lock().await;
-    let Some(mut lab) = lab().await else { return };
+    let Some(mut lab) = slow_lab().await else { return };
     let id = lab.slow().await.key.migration;
     let qemu = lab.a.qemus();
     lab.a.kill();
@@ -156,6 +176,7 @@ async fn the_source_daemon_dies_in_the_transfer() {
     lab.a.only(1).await;
     lab.b.only(0).await;
     assert_eq!(lab.a.qemus(), qemu);
+    assert_eq!(lab.a.guest().await, "running");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -210,4 +231,126 @@ async fn a_permit_is_used_once_and_only_by_whom_it_names() {
     let refused = lab.manager.prepare(&garbled, &fresh, &lab.spec, &lab.inventory).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::PermitRefused.as_str(), "{refused:?}");
     assert!(lab.b.qemus().is_empty(), "nothing was started");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_stops_while_suspended_runs_on() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = slow_lab().await else { return };
+    let id = lab.slow().await.key.migration;
+    lab.manager.control("host-a", id, "suspend", 0).await;
+    lab.manager.event(id, "suspended").await;
+    lab.a.qmp("stop").await;
+    lab.manager.event(id, "failed").await;
+    lab.manager.row("given up", id, given_up).await;
+    assert_eq!(lab.a.guest().await, "running");
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_that_its_user_paused_stays_paused() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    lab.a.qmp("stop").await;
+    let id = lab.migrate(1, "host-a", "host-b").await.key.migration;
+    lab.manager.row("completed", id, completed).await;
+    lab.a.only(0).await;
+    lab.b.only(1).await;
+    assert_eq!(lab.b.guest().await, "paused");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_targets_qemu_dies_in_the_transfer() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = slow_lab().await else { return };
+    let id = lab.slow().await.key.migration;
+    lab.b.kill_qemu();
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert_eq!(lab.a.guest().await, "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sources_qemu_dies_after_both_votes() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    lab.manager.hold(&["commit"], false);
+    let id = lab.migrate(1, "host-a", "host-b").await.key.migration;
+    lab.manager.row("both votes", id, |row| matches!(row.state, RowState::Committed(_))).await;
+    lab.a.kill_qemu();
+    lab.manager.hold(&[], false);
+    lab.manager.row("completed", id, completed).await;
+    lab.a.only(0).await;
+    lab.b.only(1).await;
+    assert_eq!(lab.b.guest().await, "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_targets_qemu_dies_before_the_commit() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    lab.manager.hold(&["commit"], false);
+    let id = lab.migrate(1, "host-a", "host-b").await.key.migration;
+    lab.manager.row("both votes", id, |row| matches!(row.state, RowState::Committed(_))).await;
+    lab.b.kill_qemu();
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert_eq!(lab.a.guest().await, "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_are_closed_and_unknown_attempts_declined() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    let (token, claims) = lab.manager.permit(&lab.spec, 1, "host-a", "host-b").await;
+    let prepared = lab.manager.prepare(&token, &claims, &lab.spec, &lab.inventory).await.unwrap();
+    let again = lab.manager.prepare(&token, &claims, &lab.spec, &lab.inventory).await.unwrap();
+    assert_eq!(prepared, again, "a repeated order is answered the same");
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.3:0".parse().unwrap()).unwrap();
+    let _stranger = socket.connect(prepared.data_address.parse().unwrap()).await.unwrap();
+    let id = claims.key.migration;
+    assert_eq!(lab.manager.event(id, "finding").await["rule"], "stray-connection");
+    // The source never heard of it.
+    let key_json = serde_json::to_string(&claims.key).unwrap();
+    let abort = fleet::Abort { key_json, code: "terminated".to_owned(), detail: String::new() };
+    let unknown = lab.manager.order("host-a", to_host::Body::Abort(abort)).await.unwrap_err();
+    assert_eq!(unknown.code, "unknown-migration");
+    let row = lab.manager.world.lock().unwrap().rows[&id].clone();
+    let attempt = json!({
+        "key": row.key, "permit": row.permit, "nonce": claims.nonce, "source": row.source, "target": row.target,
+        "target_journal": row.target_journal, "run_budget_ms": claims.duration_budget_ms,
+    });
+    let decline = fleet::Decline {
+        attempt_json: attempt.to_string(),
+        side: "source".to_owned(),
+        code: "terminated".to_owned(),
+        detail: "by the test".to_owned(),
+    };
+    lab.manager.order("host-a", to_host::Body::Decline(decline)).await.unwrap();
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_intent_becomes_a_signed_request_and_a_dead_vm_is_told() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    let intent = |vm: String| {
+        to_host::Body::Intent(fleet::Intent { intent: "ab".repeat(16), vm, target: "host-b".to_owned() })
+    };
+    lab.manager.order("host-a", intent(lab.spec.uuid.to_string())).await.unwrap();
+    let request = lab.manager.until("a request", |w| w.requests.pop()).await;
+    assert!(matches!(request, types::handover::Statement::Request(r) if r.source.as_str() == "host-a"));
+    let elsewhere = lab.manager.order("host-b", intent(lab.spec.uuid.to_string())).await.unwrap_err();
+    assert_eq!(elsewhere.code, "vm-not-on-source");
+    lab.a.kill_qemu();
+    lab.manager
+        .until("the VM's end", |w| w.vm_events.iter().find(|(_, state)| state == "dead").cloned())
+        .await;
+    lab.a.only(0).await;
 }

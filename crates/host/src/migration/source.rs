@@ -58,6 +58,8 @@ pub struct SourceShell {
     machine: Source,
     instance: Option<Arc<Instance>>,
     setup: Option<Setup>,
+    /// Its first effects, for as long as none of them is durable.
+    opening: Vec<Effect>,
     inbox: mpsc::Receiver<Input>,
     own_inbox: mpsc::WeakSender<Input>,
     mirror: Mirror,
@@ -112,6 +114,7 @@ impl SourceShell {
             machine,
             instance,
             setup,
+            opening: Vec::new(),
             inbox,
             own_inbox,
             mirror,
@@ -139,6 +142,7 @@ impl SourceShell {
     /// Runs to the end of the hand-over.
     pub async fn run(mut self, effects: Vec<Effect>) {
         self.show();
+        self.opening.clone_from(&effects);
         let mut work = Work::new(effects);
         loop {
             if let Err(Crash(detail)) = self.drain(&mut work).await {
@@ -202,11 +206,17 @@ impl SourceShell {
                 self.show();
                 effects
             }
+            // Nothing is durable yet, so nothing was done: the machine stands at its beginning. It is begun again, and
+            // fails for want of what it was set up with, so that the registry hears of it.
+            Err(_) if entries.is_empty() => {
+                if let Some(setup) = self.setup.take() {
+                    tokio::spawn(async move { setup.agent.agent.end().await });
+                }
+                self.opening.clone()
+            }
             Err(error) => {
-                // Nothing was ever made durable: nothing was done, and nothing is owed but the guest's freedom.
                 tracing::error!(%migration, %error, "the hand-over cannot be recovered");
-                self.setup = None;
-                vec![Effect::CloseAgent]
+                Vec::new()
             }
         }
     }
@@ -292,8 +302,7 @@ impl SourceShell {
         match heard {
             Heard::Event(event) => match event.name.as_str() {
                 "STOP" => {
-                    self.marks.stopped.get_or_insert(event.at);
-                    self.daemon.event(self.migration(), "stopped", json!({}));
+                    self.stopped(event.at);
                     Some(Event::GuestStopped)
                 }
                 "RESUME" => {
@@ -313,6 +322,14 @@ impl SourceShell {
                 self.events = None;
                 None
             }
+        }
+    }
+
+    /// The downtime begins.
+    fn stopped(&mut self, at: Instant) {
+        if self.marks.stopped.is_none() {
+            self.marks.stopped = Some(at);
+            self.daemon.event(self.migration(), "stopped", json!({}));
         }
     }
 
@@ -577,7 +594,7 @@ impl SourceShell {
             if let Heard::Event(event) = &heard
                 && event.name == "STOP"
             {
-                self.marks.stopped.get_or_insert(event.at);
+                self.stopped(event.at);
             }
             self.run_log.hear(&heard);
         }

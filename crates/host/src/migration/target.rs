@@ -73,6 +73,8 @@ pub struct TargetShell {
     machine: Target,
     instance: Option<Arc<Instance>>,
     setup: Option<Setup>,
+    /// Its first effects, for as long as none of them is durable.
+    opening: Vec<Effect>,
     ready: Option<(Prepared, oneshot::Sender<Result<Prepared, Problem>>)>,
     inbox: mpsc::Receiver<Input>,
     own_inbox: mpsc::WeakSender<Input>,
@@ -116,6 +118,7 @@ impl TargetShell {
             machine,
             instance,
             setup,
+            opening: Vec::new(),
             ready: None,
             inbox,
             own_inbox,
@@ -146,6 +149,7 @@ impl TargetShell {
         if self.setup.is_none() {
             self.serve_again().await;
         }
+        self.opening.clone_from(&effects);
         let mut work = Work::new(effects);
         loop {
             if let Err(Crash(detail)) = self.drain(&mut work).await {
@@ -208,10 +212,12 @@ impl TargetShell {
                 self.show();
                 effects
             }
+            // Not even the nonce's use is durable, so nothing was started: the machine stands at its beginning. It is
+            // begun again, and fails for want of what it was set up with, so that the registry hears of it.
+            Err(_) if entries.is_empty() => self.opening.clone(),
             Err(error) => {
-                // Not even the nonce's use is durable: nothing was started.
                 tracing::error!(%migration, %error, "the hand-over cannot be recovered");
-                vec![Effect::KillQemu, Effect::CloseAgent]
+                Vec::new()
             }
         }
     }
@@ -493,9 +499,17 @@ impl TargetShell {
     }
 
     fn not_prepared(&mut self, problem: &Problem) {
-        let waiting =
-            self.setup.take().map(|s| s.prepared).or_else(|| self.ready.take().map(|(_, reply)| reply));
+        let waiting = match self.setup.take() {
+            Some(setup) => {
+                if let Some(idle) = setup.agent {
+                    tokio::spawn(async move { idle.agent.end().await });
+                }
+                Some(setup.prepared)
+            }
+            None => self.ready.take().map(|(_, reply)| reply),
+        };
         if let Some(reply) = waiting {
+            // Whoever ordered it may be gone.
             reply.send(Err(problem.clone())).ok();
         }
     }

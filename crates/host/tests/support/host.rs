@@ -2,6 +2,7 @@
 
 use super::Manager;
 use outrider_host::cgroup::{Group, Hierarchies};
+use outrider_host::qmp::Qmp;
 use outrider_host::{Config, JoinConfig};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -120,6 +121,25 @@ impl Host {
 
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    /// A command on the second monitor of the only QEMU.
+    pub async fn qmp(&self, command: &str) -> serde_json::Value {
+        let folder = std::fs::read_dir(self.folder.join("r")).unwrap().flatten();
+        let folder = folder.map(|e| e.path()).find(|p| p.join("qmp2").exists()).unwrap();
+        let (qmp, _) = Qmp::connect(&folder.join("qmp2"), false, super::PATIENCE).await.unwrap();
+        qmp.execute(command, serde_json::json!({})).await.unwrap()
+    }
+
+    /// How its guest stands.
+    pub async fn guest(&self) -> String {
+        self.qmp("query-status").await["status"].as_str().unwrap().to_owned()
+    }
+
+    pub fn kill_qemu(&self) {
+        for pid in self.qemus() {
+            assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+        }
     }
 
     /// One QEMU whose vCPUs run: its CPU time or its monitor's word can't be asked without the daemon, so the count of
