@@ -5,6 +5,7 @@ use crate::fake_host::FakeHost;
 use crate::world::World;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// Kills the manager at the step of this number (orders and statements of both hosts, as they come); returns whether
@@ -40,6 +41,65 @@ async fn check(step: usize) -> bool {
     }
     assert!(world.get(&path).await["ended_at"].is_string());
     counter.load(Ordering::SeqCst) > step
+}
+
+/// Kills the manager this long after the request, wherever that is: also between two lines of a decision.
+async fn check_moment(after: Duration) {
+    let world = World::new();
+    let (_a, _b) = (world.host("host-a").await, world.host("host-b").await);
+    let vm = world.vm("vm", 1, "host-a").await;
+    let m = world.migrate("vm", "host-b").await;
+    tokio::time::sleep(after).await;
+    tokio::task::block_in_place(|| {
+        world.kill();
+        world.start();
+    });
+    let view = world.ended(&m).await;
+    let on = if view["state"] == "completed" { "host-b" } else { "host-a" };
+    world.until("the VM settles", async || world.physical.lock().unwrap().on(vm) == [on]).await;
+    world.check_settled(vm, on).await;
+    assert!(view["state"] == "completed" || view["state"] == "refused", "{after:?}: {view}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_killed_at_any_moment_goes_on_where_the_rows_stand() {
+    for moment in 0..20 {
+        check_moment(Duration::from_millis(moment * 4)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_that_is_told_to_end_does_so_with_hosts_attached() {
+    let world = World::new();
+    let (_a, _b) = (world.host("host-a").await, world.host("host-b").await);
+    let since = Instant::now();
+    tokio::task::block_in_place(|| world.end()).unwrap();
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_source_that_was_away_is_freed_when_it_is_back() {
+    let world = World::new();
+    let (a, b) = (world.host("host-a").await, world.host("host-b").await);
+    let vm = world.vm("vm", 1, "host-a").await;
+    b.manners.lock().unwrap().target_votes = false;
+    let m = world.migrate("vm", "host-b").await;
+    let path = format!("/v1/migrations/{m}");
+    world.until("the source voted", async || world.get(&path).await["digests"]["source"].is_string()).await;
+    a.vanish();
+    world.ok(&format!("{path}/terminate"), &serde_json::json!({})).await;
+    world
+        .until("only the source is awaited", async || {
+            world.get(&path).await["awaiting"].as_str().unwrap().starts_with("host-a to let the guest run")
+        })
+        .await;
+    assert!(
+        world.physical.lock().unwrap().on(vm).is_empty(),
+        "it is frozen until it hears of the renunciation"
+    );
+    a.attach();
+    assert_eq!(world.ended(&m).await["state"], "terminated");
+    world.check_settled(vm, "host-a").await;
 }
 
 fn hook(host: &FakeHost, counter: &Arc<AtomicUsize>, reached: &Arc<Notify>, step: usize) {
