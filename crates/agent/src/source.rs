@@ -63,7 +63,7 @@ struct Pinger {
     number: u64,
     outstanding: Option<Instant>,
     next: Instant,
-    round_trip: Duration,
+    round_trip: Option<Duration>,
 }
 
 impl Pinger {
@@ -78,7 +78,9 @@ impl Pinger {
         if number == self.number
             && let Some(sent) = self.outstanding.take()
         {
-            self.round_trip = now.duration_since(sent);
+            // The least one: a ping that waits behind the stream measures the stream, not the way.
+            let taken = now.duration_since(sent);
+            self.round_trip = self.round_trip.map_or(taken, |least| least.min(taken)).into();
         }
     }
 }
@@ -103,7 +105,7 @@ impl Source {
             peer_suspended: false,
             returns: Decoder::default(),
             return_messages: 0,
-            ping: Pinger { number: 0, outstanding: None, next: now, round_trip: Duration::ZERO },
+            ping: Pinger { number: 0, outstanding: None, next: now, round_trip: None },
         }
     }
 
@@ -212,7 +214,7 @@ impl Source {
                 Vec::new()
             }
             Control::Running => {
-                let round_trip_us = micros(self.ping.round_trip);
+                let round_trip_us = micros(self.ping.round_trip.unwrap_or_default());
                 vec![Effect::report(FromAgent::PeerRunning { round_trip_us })]
             }
             Control::Abort { code, text } => {
