@@ -5,7 +5,7 @@
 use crate::cgroup::Group;
 use crate::error::{HostError, chain};
 use crate::folders::{private_folder, remove_file};
-use crate::process::{Process, Spawn, watch};
+use crate::process::{Process, ProcessId, Spawn, watch};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
@@ -84,6 +84,31 @@ impl AgentSpawner {
                 let text = format!("{gone}; {}", log_tail(&agent.log));
                 agent.end().await;
                 Err(Problem::new(ErrorCode::Internal, text))
+            }
+        }
+    }
+
+    /// At the daemon's start: no agent outlives its daemon by design; one that hangs is ended by force, and what was
+    /// made for it is removed.
+    pub async fn end_orphans(&self) {
+        if self.folder.exists()
+            && let Err(error) = std::fs::remove_dir_all(&self.folder)
+        {
+            tracing::warn!(folder = %self.folder.display(), %error, "old agents' logs");
+        }
+        for child in self.group.children() {
+            for pid in child.processes() {
+                let held = ProcessId::of(pid).and_then(|id| Process::adopt(&id));
+                // Only what is still in the group after it was held: the pid may have been reused in between.
+                if let Ok(Some(process)) = held
+                    && child.processes().contains(&pid)
+                {
+                    process.signal(Signal::KILL).ok();
+                    process.exited().await;
+                }
+            }
+            if let Err(error) = child.remove() {
+                tracing::warn!(error = chain(&error), "an old agent's cgroup");
             }
         }
     }

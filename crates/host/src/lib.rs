@@ -10,13 +10,13 @@
 //!
 //! | module | job |
 //! |---|---|
-//! | [`config`], [`folders`], [`identity`], [`join`] | who this host is, and where its things are |
+//! | [`config`], [`folders`], [`identity`], [`mod@join`] | who this host is, and where its things are |
 //! | [`qmp`], [`qemu`], [`vms`] | QEMU: monitor, command line, life cycle, adoption |
 //! | [`cgroup`], [`freezer`], [`process`], [`load`] | the kernel's side: groups, freezing with proof, pid descriptors |
 //! | [`journal`], [`daemon`], [`outbox`] | what is written down, shared, and told |
 //! | [`agents`], [`channel`], [`peer`] | processes and sockets of one migration |
 //! | [`migration`] | the hand-over |
-//! | [`session`], [`orders`], [`rpc`] | the manager |
+//! | [`session`], [`orders`], `rpc` | the manager |
 
 pub mod agents;
 pub mod cgroup;
@@ -60,7 +60,6 @@ use crate::session::{SessionKeeper, certificate_warning};
 use crate::vms::instance::Instance;
 use crate::vms::{Settings, Vms};
 use api::fleet::{VmEvent, to_manager};
-use rustix::process::Signal;
 use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
 use types::{ErrorCode, Problem};
@@ -79,7 +78,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     let _lock = folders.lock()?;
     private_folder(&folders.state.join("migrations")).map_err(|e| e.problem())?;
     let (daemon, ended) = assemble(&config, &identity, folders)?;
-    end_orphaned_agents(&daemon.spawner).await;
+    daemon.spawner.end_orphans().await;
     // A VM that is still frozen under a vote is held first, and decided about by its hand-over.
     daemon.vms.adopt().await.map_err(|e| e.problem())?;
     let migrations = Migrations::new(daemon.clone());
@@ -143,28 +142,6 @@ fn assemble(
         peers: PeerSide { identity: identity.tls.clone(), ca: identity.ca.clone() },
     };
     Ok((Arc::new(daemon), ended))
-}
-
-/// No agent outlives its daemon by design; one that hangs is ended by force, and what was made for it removed.
-async fn end_orphaned_agents(spawner: &AgentSpawner) {
-    if spawner.folder.exists()
-        && let Err(error) = std::fs::remove_dir_all(&spawner.folder)
-    {
-        tracing::warn!(folder = %spawner.folder.display(), %error, "old agents' logs");
-    }
-    for child in spawner.group.children() {
-        for pid in child.processes() {
-            if let Ok(Some(process)) = process::ProcessId::of(pid).and_then(|id| process::Process::adopt(&id))
-                && child.processes().contains(&pid)
-            {
-                process.signal(Signal::KILL).ok();
-                process.exited().await;
-            }
-        }
-        if let Err(error) = child.remove() {
-            tracing::warn!(error = chain(&error), "an old agent's cgroup");
-        }
-    }
 }
 
 /// A QEMU that waits for a migration of which the journal knows nothing, or which has ended: nothing is in it, unless

@@ -126,7 +126,14 @@ impl Orders {
     }
 
     async fn stop_vm(&self, order: fleet::StopVm) -> Outcome {
-        self.daemon.vms.stop(parse("VM", &order.vm)?, Epoch(order.epoch)).await.map(|()| done())
+        let vm = parse("VM", &order.vm)?;
+        if self.migrations.holds(vm) {
+            let text = "an attempt to move the VM still has something to do to its QEMU here";
+            return Err(
+                Problem::new(ErrorCode::MigrationInFlight, text).hint("terminate the migration first")
+            );
+        }
+        self.daemon.vms.stop(vm, Epoch(order.epoch)).await.map(|()| done())
     }
 
     /// An operator's wish becomes this host's signed request: only a host that holds the VM makes one.

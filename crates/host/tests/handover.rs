@@ -279,6 +279,10 @@ async fn the_sources_qemu_dies_after_both_votes() {
     lab.manager.hold(&["commit"], false);
     let id = lab.migrate(1, "host-a", "host-b").await.key.migration;
     lab.manager.row("both votes", id, |row| matches!(row.state, RowState::Committed(_))).await;
+    // Not even by order, while the hand-over may need it.
+    let stop = fleet::StopVm { vm: lab.spec.uuid.to_string(), epoch: 99 };
+    let refused = lab.manager.order("host-a", to_host::Body::StopVm(stop)).await.unwrap_err();
+    assert_eq!(refused.code, "migration-in-flight");
     lab.a.kill_qemu();
     lab.manager.hold(&[], false);
     lab.manager.row("completed", id, completed).await;
@@ -353,4 +357,23 @@ async fn an_intent_becomes_a_signed_request_and_a_dead_vm_is_told() {
         .until("the VM's end", |w| w.vm_events.iter().find(|(_, state)| state == "dead").cloned())
         .await;
     lab.a.only(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_is_renewed_before_it_ends() {
+    if let Some(reason) = missing() {
+        eprintln!("SKIPPED: {reason}");
+        return;
+    }
+    let folder = tempfile::Builder::new().prefix("ohr").tempdir().unwrap();
+    let manager = Manager::start(folder.path()).await;
+    // Backdated for clocks that are behind: half of its life is over when it is issued.
+    manager.world.lock().unwrap().certificate_life = Some(Duration::from_secs(60));
+    let mut host = Host::start(&manager, folder.path(), "host-a", "127.0.0.1").await;
+    manager.until("a renewal", |w| (w.renewals > 0).then_some(())).await;
+    // What was renewed is what the next life of the daemon uses.
+    host.kill();
+    manager.world.lock().unwrap().certificate_life = None;
+    host.launch();
+    manager.until("another hello", |w| (w.hellos.len() > 1).then_some(())).await;
 }

@@ -145,3 +145,45 @@ async fn what_is_missing_is_said_and_nothing_is_left() {
     }
     bench.nothing_is_left();
 }
+
+const NIC_CHILD: &str = "OUTRIDER_TEST_NIC";
+
+/// Runs below, in a network namespace of its own with a bridge in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn nic_child() {
+    if std::env::var(NIC_CHILD).is_err() {
+        return;
+    }
+    let Some(bench) = Bench::new("nic") else { return };
+    let vms = bench.vms();
+    let mut json = serde_json::to_value(spec()).unwrap();
+    json["nics"] = serde_json::json!([{"mac": "52:54:00:00:00:01", "bridge": "obr0"}]);
+    let spec: VmSpec = serde_json::from_value(json).unwrap();
+    vms.start(&spec, Epoch(1)).await.unwrap();
+    let tap = vms.running(spec.uuid).unwrap().record().taps[0].clone();
+    let master = || {
+        let output = std::process::Command::new("ip").args(["-j", "link", "show", &tap]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    assert!(master().contains("\"master\":\"obr0\""), "{}", master());
+    // The other side of a migration on the same machine has a tap of its own.
+    assert_ne!(tap, outrider_host::qemu::tap::name(spec.uuid, Epoch(2), 0));
+    vms.stop(spec.uuid, Epoch(1)).await.unwrap();
+    assert!(!outrider_host::qemu::tap::exists(&tap));
+    bench.nothing_is_left();
+}
+
+#[test]
+fn a_nic_gets_a_tap_on_its_bridge() {
+    let script = "ip link add obr0 type bridge && ip link set obr0 up && exec \"$0\" \"$@\"";
+    let status = std::process::Command::new("unshare")
+        .args(["--net", "sh", "-c", script])
+        .arg(std::env::current_exe().unwrap())
+        .args(["nic_child", "--exact", "--nocapture"])
+        .env(NIC_CHILD, "1")
+        .status();
+    match status {
+        Ok(status) => assert!(status.success()),
+        Err(error) => eprintln!("SKIPPED: unshare: {error}"),
+    }
+}

@@ -106,6 +106,12 @@ impl Migrations {
         !lock(&self.open).is_empty()
     }
 
+    /// Whether an attempt to move the VM may still act on its QEMU here: nobody else may stop it then.
+    #[must_use]
+    pub fn holds(&self, vm: VmId) -> bool {
+        lock(&self.open).values().any(|open| open.vm == vm) && self.claim(vm, None).is_none()
+    }
+
     /// Whether this host, as the target, was told to run the VM and did not renounce it since.
     #[must_use]
     pub fn was_run(&self, migration: MigrationId) -> bool {
@@ -382,10 +388,10 @@ impl Migrations {
 
     /// The right to start an attempt on a VM's QEMU: every other attempt on this host has let go of it. One whose
     /// machine is not known yet has not.
-    fn claim(&self, vm: VmId, own: MigrationId) -> Option<Claim> {
+    fn claim(&self, vm: VmId, own: Option<MigrationId>) -> Option<Claim> {
         let others: Vec<_> = lock(&self.open)
             .iter()
-            .filter(|(id, open)| **id != own && open.vm == vm)
+            .filter(|(id, open)| Some(**id) != own && open.vm == vm)
             .map(|(_, open)| lock(&open.mirror).clone())
             .collect::<Option<_>>()?;
         let sources = others.iter().filter_map(|m| match m {
@@ -492,7 +498,7 @@ impl StartingSource {
         let daemon = self.migrations.daemon.clone();
         let key = self.permit.claims().key;
         let ready = ready_source(&daemon, &self.permit, agent.as_ref()).await;
-        let ready = ready.and_then(|ready| match self.migrations.claim(key.vm, key.migration) {
+        let ready = ready.and_then(|ready| match self.migrations.claim(key.vm, Some(key.migration)) {
             Some(claim) => Ok((ready, claim)),
             None => Err(Problem::new(
                 ErrorCode::MigrationInFlight,

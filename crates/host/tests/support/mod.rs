@@ -45,6 +45,8 @@ pub struct World {
     pub events: Vec<(String, String, String, serde_json::Value)>,
     pub vm_events: Vec<(String, String)>,
     pub hellos: Vec<(String, fleet::Hello)>,
+    pub certificate_life: Option<Duration>,
+    pub renewals: u32,
     farewells: BTreeMap<MigrationId, u32>,
     /// Kinds of orders that are held back.
     pub hold: Vec<&'static str>,
@@ -506,12 +508,22 @@ impl Fleet for Service {
     type AttachStream = Pin<Box<dyn Stream<Item = Result<ToHost, Status>> + Send>>;
 
     async fn join(&self, request: Request<fleet::JoinRequest>) -> Result<Response<fleet::JoinReply>, Status> {
+        let peer = request.extensions().get::<Option<String>>().cloned().flatten();
         let request = request.into_inner();
         let name: HostName = request.host.parse().unwrap();
-        if request.token_secret.is_empty() {
-            return Err(Status::unauthenticated("unauthenticated: no token"));
-        }
-        let issued = self.0.ca.issue(&Subject::host(&name), &request.csr_der, SystemTime::now()).unwrap();
+        let life = {
+            let mut world = self.0.world.lock().unwrap();
+            if request.token_secret.is_empty() {
+                if peer.as_deref() != Some(name.as_str()) {
+                    return Err(Status::unauthenticated("unauthenticated: no token"));
+                }
+                world.renewals += 1;
+            }
+            world.certificate_life.unwrap_or(Duration::from_secs(3600))
+        };
+        self.0.changed.notify_waiters();
+        let subject = Subject::host(&name);
+        let issued = self.0.ca.issue_for(&subject, &request.csr_der, SystemTime::now(), life).unwrap();
         let mut chain = ders(&issued.chain_pem);
         let key = &self.0.permit_key;
         Ok(Response::new(fleet::JoinReply {
