@@ -54,7 +54,7 @@ fn lints(workspace: &Workspace) -> Result<()> {
 fn documentation(workspace: &Workspace) -> Result<()> {
     let mut doc = workspace.cargo();
     doc.args(["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"]);
-    run::step(doc.env("RUSTDOCFLAGS", "-D warnings"))
+    run::step(doc.env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links"))
 }
 
 /// The advisory database is not asked for: it is not part of what the project's machines can reach.
