@@ -169,7 +169,7 @@ impl Daemon {
         }));
     }
 
-    /// Ends an agent that still waits for its permit after [`IDLE_AGENT_LIFE`].
+    /// Ends an agent that still waits for its permit after two minutes.
     pub fn expire_agent(self: &Arc<Self>, migration: MigrationId, side: Side) {
         let daemon = self.clone();
         tokio::spawn(async move {
