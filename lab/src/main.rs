@@ -63,6 +63,7 @@ fn main() -> ExitCode {
     match run(Arguments::parse().command) {
         Ok(code) => code,
         Err(error) => {
+            net::yield_to_signal();
             eprintln!("outrider-lab: {error:#}");
             ExitCode::from(4)
         }

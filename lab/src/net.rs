@@ -27,7 +27,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cgroup::Cgroup;
 use crate::process;
-pub use teardown::{destroy, leftovers, on_signal_destroy, stale_prefixes};
+pub use teardown::{destroy, is_ending, leftovers, on_signal_destroy, stale_prefixes, yield_to_signal};
 
 /// Sockets, logs and other files of the runs.
 const RUN_FOLDER: &str = "/run/outrider-lab";
@@ -305,6 +305,7 @@ impl Net {
 
 impl Drop for Net {
     fn drop(&mut self) {
+        yield_to_signal();
         if let Err(error) = destroy(&self.prefix) {
             eprintln!("lab: {error:#}");
         }

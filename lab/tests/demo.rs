@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
-use std::process::Command;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 
 use outrider_lab::require;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// Runs the demo; its exit code and its document.
@@ -124,4 +126,54 @@ fn a_migration_that_fails_is_told() {
 #[test]
 fn a_migration_that_is_refused_has_neither_permit_nor_channel() {
     flips(&["lost-target"], &["migration.state", "migration.permit.id", "migration.channel.protocol"]);
+}
+
+#[test]
+fn ctrl_c_in_the_middle_leaves_nothing() {
+    if require::skip(require::missing()) {
+        return;
+    }
+    let mut child = Command::new(env!("CARGO_BIN_EXE_outrider-lab"))
+        .args(["demo", "--output", "json"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let prefix = format!("or{}", child.id());
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let reached = lines.by_ref().map_while(Result::ok).any(|line| line.contains("memory-transfer"));
+    assert!(reached, "the demo never came to its transfer");
+    let pid = Pid::from_child(&child);
+    kill_process(pid, Signal::INT).unwrap();
+    let rest: Vec<String> = lines.map_while(Result::ok).collect();
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(130), "{rest:?}");
+    assert_eq!(outrider_lab::net::leftovers(&prefix), Vec::<String>::new());
+}
+
+/// What the demo says to somebody who lacks something, and that it says so at once.
+fn lacking(privileges: &[&str], word: &str) {
+    if require::skip(require::missing()) {
+        return;
+    }
+    let output = Command::new("setpriv")
+        .args(privileges)
+        .arg(env!("CARGO_BIN_EXE_outrider-lab"))
+        .args(["demo", "--output", "json"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(4), "{said}");
+    assert!(said.contains("cannot run here") && said.contains(word), "{said}");
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
+fn without_root_it_says_so() {
+    lacking(&["--reuid=65534", "--regid=65534", "--clear-groups"], "root");
+}
+
+#[test]
+fn without_namespaces_it_says_so() {
+    lacking(&["--inh-caps=-all", "--bounding-set=-sys_admin"], "namespaces");
 }

@@ -67,6 +67,7 @@ fn enrolled(net: Net, programs: &Programs, say: &Narrator) -> Result<Fleet> {
 
 /// The daemons' last words: what a person needs when the demo fails.
 fn complain(fleet: &Fleet) {
+    net::yield_to_signal();
     for machine in [Machine::Manager, Machine::HostA, Machine::HostB] {
         eprintln!("--- last lines of {}'s log\n{}", machine.name(), fleet.log(machine));
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -21,6 +22,21 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// Prefixes that a signal must remove.
 static LIVE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 static SIGNALS: Once = Once::new();
+/// A signal is being carried out: what fails from now on fails because of it.
+static ENDING: AtomicBool = AtomicBool::new(false);
+
+/// Whether a signal is removing everything at this moment.
+#[must_use]
+pub fn is_ending() -> bool {
+    ENDING.load(Ordering::Acquire)
+}
+
+/// Lets the signal end the process, when there is one; returns at once otherwise.
+pub fn yield_to_signal() {
+    while is_ending() {
+        thread::park_timeout(Duration::from_millis(100));
+    }
+}
 
 /// Removes everything of this run on SIGINT, SIGTERM and SIGHUP, then ends the process as the signal would have.
 pub fn on_signal_destroy(prefix: &str) -> Result<()> {
@@ -36,6 +52,7 @@ fn install() -> Result<()> {
         .name("signals".to_owned())
         .spawn(move || {
             if let Some(signal) = signals.forever().next() {
+                ENDING.store(true, Ordering::Release);
                 eprintln!("lab: signal {signal}: removing everything this run made");
                 let prefixes: Vec<String> = live().iter().cloned().collect();
                 for prefix in prefixes {
