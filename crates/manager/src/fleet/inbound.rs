@@ -1,6 +1,7 @@
 //! What a host says in its session.
 
 use super::Session;
+use crate::clock;
 use crate::core::Manager;
 use crate::migration::{events, gates, handover, reconcile};
 use crate::vms;
@@ -22,6 +23,8 @@ const OPEN_STATEMENTS_LIMIT: usize = 1_024;
 pub(super) const NEWS_BACKLOG_EVENTS: usize = 512;
 /// How long a final statement waits for the news before it.
 const CATCH_UP_LIMIT: Duration = Duration::from_secs(2);
+/// News is gathered for this long before it is written down.
+const NEWS_MOMENT: Duration = Duration::from_millis(20);
 /// Events that share a transaction.
 const NEWS_BATCH_EVENTS: usize = 64;
 
@@ -43,7 +46,7 @@ pub(super) async fn message(
         Some(B::Statement(signed)) => stated(manager, session, Some(news), signed.token).await,
         Some(B::Event(event)) => {
             // A full queue holds the host back rather than losing what it says.
-            drop(news.send(News::Event(event)).await);
+            drop(news.send(News::Event(clock::now_us(), event)).await);
             Ok(())
         }
         Some(B::VmEvent(event)) => vms::reported(manager, host, &event).await,
@@ -59,19 +62,20 @@ pub(super) async fn message(
 
 /// What waits to be taken in.
 pub(super) enum News {
-    Event(MigrationEvent),
+    /// What happened, and when it was heard of.
+    Event(i64, MigrationEvent),
     /// Everything before it is taken in.
     Caught(oneshot::Sender<()>),
 }
 
 /// Takes a session's events in, many at a time while they come faster than they are written.
 pub(super) async fn take_news(manager: Arc<Manager>, host: HostName, mut news: mpsc::Receiver<News>) {
-    let mut batch = Vec::with_capacity(NEWS_BATCH_EVENTS);
-    while news.recv_many(&mut batch, NEWS_BATCH_EVENTS).await > 0 {
+    while let Some(first) = news.recv().await {
+        let mut batch = gather(first, &mut news).await;
         let (mut happened, mut waiting) = (Vec::new(), Vec::new());
         for item in batch.drain(..) {
             match item {
-                News::Event(event) => happened.push(event),
+                News::Event(heard_us, event) => happened.push((heard_us, event)),
                 News::Caught(waiter) => waiting.push(waiter),
             }
         }
@@ -82,6 +86,22 @@ pub(super) async fn take_news(manager: Arc<Manager>, host: HostName, mut news: m
             waiter.send(()).unwrap_or_default();
         }
     }
+}
+
+/// What comes within a moment of the first: a vote follows the news about it by less, and goes first. Whoever waits for
+/// the news ends the moment.
+async fn gather(first: News, news: &mut mpsc::Receiver<News>) -> Vec<News> {
+    let mut batch = vec![first];
+    let more = async {
+        while batch.len() < NEWS_BATCH_EVENTS && !matches!(batch.last(), Some(News::Caught(_))) {
+            match news.recv().await {
+                Some(item) => batch.push(item),
+                None => break,
+            }
+        }
+    };
+    drop(tokio::time::timeout(NEWS_MOMENT, more).await);
+    batch
 }
 
 /// Statements that end something come after the news about it, so that a report is whole when it is final. Votes and
@@ -139,6 +159,7 @@ async fn stated(
     news: Option<&mpsc::Sender<News>>,
     token: Vec<u8>,
 ) -> Result<(), Problem> {
+    let heard_us = clock::now_us();
     let digest = Digest::of(&token);
     let signed = SignedStatement::from_bytes(token)
         .map_err(|e| Problem::new(ErrorCode::BadRequest, format!("not a statement: {e}")))?;
@@ -165,6 +186,11 @@ async fn stated(
         other => {
             let orders = apply(&mut tx, &signer, &key, other, digest, &signed).await?;
             tx.commit().await?;
+            tracing::trace!(
+                kind = handover::kind_of(other),
+                took_us = clock::now_us() - heard_us,
+                "statement"
+            );
             let taken = orders.is_some();
             if let Some(key) = handover::key_of(other) {
                 // At once, inside the downtime; the reconciler repeats what gets lost.

@@ -71,15 +71,15 @@ type Seen = (MigrationId, EventRow);
 pub(crate) async fn received(
     manager: &Arc<Manager>,
     from: &HostName,
-    events: Vec<api::fleet::MigrationEvent>,
+    events: Vec<(i64, api::fleet::MigrationEvent)>,
 ) {
     let mut kept = Vec::new();
-    for event in events {
+    for (heard_us, event) in events {
         let taken = read(from, event).and_then(|(id, seen)| {
             if seen.kind == "progress" {
                 return progress(manager, from, id, &seen);
             }
-            kept.push((id, seen));
+            kept.push((heard_us, id, seen));
             Ok(())
         });
         if let Err(problem) = taken {
@@ -130,11 +130,15 @@ fn progress(manager: &Manager, from: &HostName, id: MigrationId, seen: &EventRow
     Ok(())
 }
 
-async fn keep_all(manager: &Arc<Manager>, from: &HostName, kept: Vec<Seen>) -> Result<(), Problem> {
+async fn keep_all(
+    manager: &Arc<Manager>,
+    from: &HostName,
+    kept: Vec<(i64, MigrationId, EventRow)>,
+) -> Result<(), Problem> {
     let mut tx = manager.begin("events").await?;
     let mut told = Vec::new();
-    for (id, seen) in kept {
-        match keep(&mut tx, from, id, &seen).await {
+    for (heard_us, id, seen) in kept {
+        match keep(&mut tx, from, id, &seen, heard_us).await {
             Ok(open) => told.push((id, seen, open)),
             Err(problem) if problem.code == ErrorCode::RegistryUnavailable => return Err(problem),
             // Refused before anything of it was written.
@@ -159,6 +163,7 @@ async fn keep(
     from: &HostName,
     id: MigrationId,
     seen: &EventRow,
+    heard_us: i64,
 ) -> Result<bool, Problem> {
     let Some(mut row) = tx.migration(id).await? else { return Err(handover::unknown(id)) };
     let side = match () {
@@ -170,7 +175,7 @@ async fn keep(
         }
     };
     let mut facts = Facts::of(&row)?;
-    let wish = absorb(&mut facts, from, side, seen, tx.now_us())?;
+    let wish = absorb(&mut facts, from, side, seen, heard_us)?;
     row.facts = facts.text();
     if row.open
         && let Some(held) = handover::read(&row)?

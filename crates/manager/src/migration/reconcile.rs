@@ -484,7 +484,11 @@ async fn farewell(manager: &Arc<Manager>, id: MigrationId) {
     let Ok(mut tx) = manager.registry.read("farewell").await else { return };
     let Ok(Some(row)) = tx.migration(id).await else { return };
     drop(tx);
-    let say = async |host: &HostName| {
+    let say = async |side: Side, host: &HostName| {
+        // The end of the hand-over may have said so a moment ago.
+        if !manager.watch.may_send(id, (side, "forget"), Duration::from_millis(RESEND_MS)) {
+            return;
+        }
         let forget = || to_host::Body::Forget(Forget { migration: id.to_string() });
         while let Some(session) = manager.fleet.session(host) {
             match session.order(forget(), Duration::from_millis(2 * RESEND_MS)).await {
@@ -495,7 +499,7 @@ async fn farewell(manager: &Arc<Manager>, id: MigrationId) {
             }
         }
     };
-    let both = async { tokio::join!(say(&row.source), say(&row.target)) };
+    let both = async { tokio::join!(say(Side::Source, &row.source), say(Side::Target, &row.target)) };
     tokio::select! {
         () = manager.shutdown.cancelled() => {}
         _ = tokio::time::timeout(FAREWELL_LIMIT, both) => {}
