@@ -13,6 +13,7 @@ use axum::response::{IntoResponse, Response};
 use registry::AuditVerdict;
 use serde::Deserialize;
 use std::fmt::Write as _;
+use std::time::{Duration, Instant};
 use types::host::HostSpec;
 use types::migration::{MigrationState, MigrationView};
 use types::vm::VmSpec;
@@ -25,14 +26,26 @@ const LIST_LIMIT: u32 = 1_000;
 /// Audit entries that one listing shows.
 const AUDIT_LIMIT: u32 = 10_000;
 
+/// For how long the answer to "ready?" is good.
+const READY_MEMORY: Duration = Duration::from_secs(1);
+
 pub(super) async fn healthz() -> &'static str {
     "ok\n"
 }
 
-/// Ready is who can decide: the registry takes writes.
+/// Ready is who can decide: the registry takes writes. Whoever asks needs no token, so the answer is kept for a moment:
+/// asking must not keep decisions from being written.
 pub(super) async fn readyz(State(app): State<App>) -> Result<&'static str, Failure> {
-    app.manager.registry.probe(clock::now_us()).await?;
-    Ok("ready\n")
+    let mut held = app.ready.lock().await;
+    let answer = match &*held {
+        Some((at, answer)) if at.elapsed() < READY_MEMORY => answer.clone(),
+        _ => {
+            let answer = app.manager.registry.probe(clock::now_us()).await.map_err(Problem::from);
+            *held = Some((Instant::now(), answer.clone()));
+            answer
+        }
+    };
+    answer.map(|()| "ready\n").map_err(Failure)
 }
 
 pub(super) async fn not_found(uri: Uri) -> Failure {

@@ -17,20 +17,27 @@ use link::control::{OperatorListener, TlsConn};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::Mutex;
+use types::Problem;
 
 /// The longest document is a VM's spec: far below a quarter of a MiB.
 const BODY_LIMIT_BYTES: usize = 256 * 1024;
+
+/// Whether the registry took writes, and when it was asked.
+pub(crate) type Readiness = (Instant, Result<(), Problem>);
 
 /// What handlers share.
 #[derive(Clone)]
 pub(crate) struct App {
     pub(crate) manager: Arc<Manager>,
     pub(crate) door: Arc<Doorkeeper>,
+    pub(crate) ready: Arc<Mutex<Option<Readiness>>>,
 }
 
 /// The routes.
 pub(crate) fn router(manager: Arc<Manager>) -> Router {
-    let app = App { manager, door: Arc::new(Doorkeeper::default()) };
+    let app = App { manager, door: Arc::new(Doorkeeper::default()), ready: Arc::default() };
     Router::new()
         .route("/healthz", get(handlers::healthz))
         .route("/readyz", get(handlers::readyz))
