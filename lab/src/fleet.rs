@@ -366,7 +366,7 @@ impl Fleet {
     fn configure_manager(&self) -> Result<()> {
         let address = Machine::Manager.control_address();
         let config = json!({
-            "state": self.state_folder(Machine::Manager),
+            "state_folder": self.state_folder(Machine::Manager),
             "operator_listen": format!("{address}:{OPERATOR_PORT}"),
             "hosts_listen": format!("{address}:{HOST_PORT}"),
         });

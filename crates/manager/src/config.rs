@@ -10,7 +10,7 @@ use types::{ErrorCode, Name, Problem};
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// State folder: registry, CA, permit key, admin token. Mode 0700.
-    pub state: PathBuf,
+    pub state_folder: PathBuf,
     /// Name of this manager.
     pub name: Name,
     /// Trust domain of the identities that it issues.
@@ -24,7 +24,7 @@ pub struct Config {
     /// Names and addresses in the certificate that operators see, besides the listening address and loopback.
     pub operator_names: Vec<String>,
     /// Folder of `*.cedar` policy files; the built-in policy when absent.
-    pub policy: Option<PathBuf>,
+    pub policy_folder: Option<PathBuf>,
     /// How long a join token is good.
     pub join_token_minutes: u32,
     /// Room that a target must keep on top of what a guest needs.
@@ -54,14 +54,14 @@ pub struct Budgets {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            state: PathBuf::from("/var/lib/outrider/manager"),
+            state_folder: PathBuf::from("/var/lib/outrider/manager"),
             name: "manager".parse().expect("a constant that follows the rule of names"),
             trust_domain: "outrider".to_owned(),
             operator_listen: SocketAddr::from(([0, 0, 0, 0], 7443)),
             hosts_listen: SocketAddr::from(([0, 0, 0, 0], 7444)),
             hosts_advertise: None,
             operator_names: Vec::new(),
-            policy: None,
+            policy_folder: None,
             join_token_minutes: 60,
             head_room_memory_percent: 10,
             head_room_cpu_pressure_percent: 90,
@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn unknown_keys_and_bad_values_are_named() {
         check("", Ok(()));
-        check("state = \"/tmp/x\"\n[budgets]\nstart_s = 30", Ok(()));
+        check("state_folder = \"/tmp/x\"\n[budgets]\nstart_s = 30", Ok(()));
         check("stat = \"/tmp/x\"", Err("stat"));
         check("[budgets]\nstart = 3", Err("start"));
         check("operator_listen = \"nowhere\"", Err("operator_listen"));

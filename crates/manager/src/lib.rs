@@ -85,11 +85,11 @@ pub async fn run_with(
 ) -> Result<(), Problem> {
     config.validate()?;
     // Parsed before any port is bound: a manager with a bad policy does not start.
-    let policy = match &config.policy {
+    let policy = match &config.policy_folder {
         Some(folder) => Policy::from_folder(folder)?,
         None => Policy::built_in()?,
     };
-    let folder = StateFolder::open(&config.state)?;
+    let folder = StateFolder::open(&config.state_folder)?;
     let state = folder.path().to_owned();
     let (token, admin_token_file) = admin_token(&state)?;
     let authority = Authority::open(folder, &config)?;

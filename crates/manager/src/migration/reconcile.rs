@@ -8,7 +8,7 @@ use crate::migration::facts::reason_of;
 use crate::migration::handover::Addressed;
 use crate::migration::{Facts, gates, handover, permit};
 use api::fleet::{Control, Decline, Forget, Intent, PrepareTarget, Renounce, StartSource, reply, to_host};
-use engine::handover::decider::{Event, HandoverRow, RowState};
+use engine::handover::decider::{Continuity, Event, HandoverRow, RowState};
 use engine::handover::{RESEND_MS, SOURCE_SILENCE_MS};
 use registry::MigrationRow;
 use serde_json::json;
@@ -185,6 +185,10 @@ async fn hand_over(
 
 /// What the manager itself is the proof of: a side that was never sent the permit can neither vote nor run.
 fn presumed(facts: &Facts, held: &HandoverRow) -> Option<Event> {
+    if held.continuity != Continuity::Proven {
+        // H10: a registry that was set back has forgotten what it sent.
+        return None;
+    }
     match &held.state {
         RowState::Open(open) if facts.start_sent_us.is_none() => {
             let reason = open.abort.clone()?;

@@ -150,7 +150,7 @@ async fn a_taken_folder_a_taken_port_and_a_bad_policy_are_named() {
         "permit (principal, action, resource) when { principal.rol == \"x\" };",
     )
     .unwrap();
-    config.policy = Some(other.path().to_owned());
+    config.policy_folder = Some(other.path().to_owned());
     let policy = tokio::task::block_in_place(|| try_run(config)).unwrap_err();
     assert_eq!(policy.code, ErrorCode::BadConfiguration);
     assert!(policy.detail.contains("rol"), "{policy}");

@@ -75,7 +75,7 @@ impl Answer {
 
 pub(crate) fn config(state: &Path) -> Config {
     Config {
-        state: state.to_owned(),
+        state_folder: state.to_owned(),
         operator_listen: "127.0.0.1:0".parse().unwrap(),
         hosts_listen: "127.0.0.1:0".parse().unwrap(),
         ..Config::default()

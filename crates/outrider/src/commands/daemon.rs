@@ -40,7 +40,7 @@ pub(super) fn run_manager(args: &ManagerRun) -> Outcome {
 
 fn manager_config(args: &ManagerRun) -> Result<manager::Config, Error> {
     let mut file = load_table(args.config.as_deref(), Path::new(MANAGER_FILE), "manager.toml")?;
-    file.set("state", text(args.state.as_ref()));
+    file.set("state_folder", text(args.state.as_ref()));
     file.set("name", args.name.clone());
     file.set("operator_listen", args.operator_listen.clone());
     file.set("hosts_listen", args.hosts_listen.clone());
@@ -233,7 +233,7 @@ mod tests {
         let file = example("manager.toml");
         let flags = ["--config", file.to_str().unwrap(), "--state", "/x", "--operator-listen", "127.0.0.1:1"];
         let config = manager_config(&manager_run(&flags)).unwrap();
-        assert_eq!((config.state, config.operator_listen.port()), (PathBuf::from("/x"), 1));
+        assert_eq!((config.state_folder, config.operator_listen.port()), (PathBuf::from("/x"), 1));
         let flags = ["--migration-address", "10.0.0.9", "--cgroup", "a/b", "--name", "host-z"];
         let config = host_config(Some(&example("host.toml")), &host_run(&flags).settings).unwrap();
         assert_eq!(config.migration_address.to_string(), "10.0.0.9");
