@@ -17,6 +17,8 @@ use tokio::time::{Instant, sleep};
 
 /// A freeze takes well under a millisecond; the source's agent gives up a second after the end of the stream.
 const CONFIRM_TIMEOUT_MS: u64 = 500;
+/// Looks without a pause at first: most freezes are done by then, and the runtime's timers round up to a millisecond.
+const CONFIRM_LOOKS_AT_ONCE: u32 = 100;
 /// Pause between two looks while a freeze is confirmed: it counts as downtime.
 const CONFIRM_PAUSE_US: u64 = 200;
 
@@ -98,12 +100,18 @@ impl Freezer {
     pub async fn freeze(&self) -> Result<(), HostError> {
         let deadline = Instant::now() + Duration::from_millis(CONFIRM_TIMEOUT_MS);
         self.ask_freeze()?;
+        let mut looks = 0;
         while !self.is_frozen() {
             if Instant::now() >= deadline || !self.process.is_alive() {
                 return Err(HostError::system(
                     format!("process {} did not freeze ({})", self.process.id().pid, self.kind().as_str()),
                     std::io::ErrorKind::TimedOut,
                 ));
+            }
+            looks += 1;
+            if looks < CONFIRM_LOOKS_AT_ONCE {
+                tokio::task::yield_now().await;
+                continue;
             }
             sleep(Duration::from_micros(CONFIRM_PAUSE_US)).await;
             if let Way::V1(folder) = &self.way {

@@ -4,6 +4,7 @@
 mod support;
 
 use outrider_host::{Config, JoinConfig};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 use support::Manager;
@@ -65,12 +66,18 @@ async fn it_refuses_a_taken_folder_another_name_and_a_damaged_journal() {
     // Without its manager a daemon runs, and holds its folder.
     let lonely = Config { manager: Some("127.0.0.1:9".to_owned()), ..config(folder.path()) };
     let first = tokio::spawn(outrider_host::run(lonely.clone(), std::future::pending()));
-    let problem = loop {
-        // The first may not have come to its lock yet; then this one takes it, and gives it back.
-        if let Some(problem) = runs_for(lonely.clone(), Duration::from_millis(300)).await {
-            break problem;
-        }
+    // Until it holds the folder.
+    let lock = folder.path().join("s/lock");
+    let free = || {
+        // Looking must not take it.
+        let Ok(file) = std::fs::metadata(&lock) else { return true };
+        !std::fs::read_to_string("/proc/locks").unwrap().contains(&format!(":{} ", file.ino()))
     };
+    while free() {
+        assert!(!first.is_finished());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let problem = runs_for(lonely.clone(), Duration::from_secs(10)).await.unwrap();
     assert_eq!(problem.code, ErrorCode::WrongState);
     assert!(problem.detail.contains("another host daemon"));
     assert!(!first.is_finished());

@@ -21,21 +21,22 @@ async fn host_process() {
 }
 
 struct Lab {
-    _folder: tempfile::TempDir,
     manager: Manager,
     a: Host,
     b: Host,
     spec: VmSpec,
     inventory: Inventory,
+    /// Last: the hosts' logs are in it, and are shown when a test fails.
+    _folder: tempfile::TempDir,
 }
 
 /// With a shared disk under QEMU's default locking: the two copies contend for it at every hand-over.
-fn spec(folder: &Path, memory_bytes: u64) -> VmSpec {
+fn spec(folder: &Path) -> VmSpec {
     let disk = folder.join("disk");
     std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
     serde_json::from_value(serde_json::json!({
         "uuid": "11111111-2222-3333-4444-555555555555", "name": "tiny", "accel": "tcg", "vcpus": 1,
-        "memory_bytes": memory_bytes,
+        "memory_bytes": 64 << 20,
         "disks": [{"path": disk, "format": "raw", "volume": "v", "shared": true}],
     }))
     .unwrap()
@@ -45,15 +46,6 @@ fn spec(folder: &Path, memory_bytes: u64) -> VmSpec {
 static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 async fn lab() -> Option<Lab> {
-    lab_with(64 << 20).await
-}
-
-/// With so much memory that the transfer can be met in its middle, although every page is zero.
-async fn slow_lab() -> Option<Lab> {
-    lab_with(1 << 30).await
-}
-
-async fn lab_with(memory_bytes: u64) -> Option<Lab> {
     if let Some(reason) = missing() {
         eprintln!("SKIPPED: {reason}");
         return None;
@@ -62,9 +54,9 @@ async fn lab_with(memory_bytes: u64) -> Option<Lab> {
     let manager = Manager::start(folder.path()).await;
     let a = Host::start(&manager, folder.path(), "host-a", "127.0.0.1").await;
     let b = Host::start(&manager, folder.path(), "host-b", "127.0.0.2").await;
-    let spec = spec(folder.path(), memory_bytes);
+    let spec = spec(folder.path());
     let inventory = manager.start_vm("host-a", &spec, 1).await;
-    Some(Lab { _folder: folder, manager, a, b, spec, inventory })
+    Some(Lab { manager, a, b, spec, inventory, _folder: folder })
 }
 
 impl Lab {
@@ -72,13 +64,9 @@ impl Lab {
         self.manager.migrate(&self.spec, &self.inventory, epoch, from, to).await
     }
 
-    /// A migration slow enough to be met in the middle.
-    async fn slow(&self) -> types::permit::PermitClaims {
-        let claims = self.migrate(1, "host-a", "host-b").await;
-        self.manager.control("host-a", claims.key.migration, "throttle", 20_000).await;
-        let early = self.manager.world.lock().unwrap().events.iter().any(|(_, _, kind, _)| kind == "stopped");
-        assert!(!early, "the transfer was over before it could be slowed");
-        claims
+    /// A migration that is met in the middle.
+    async fn held(&self) -> types::permit::PermitClaims {
+        self.manager.migrate_held(&self.spec, &self.inventory, 1, "host-a", "host-b").await
     }
 }
 
@@ -120,8 +108,8 @@ async fn a_vm_moves_there_and_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn suspended_resumed_and_terminated_in_mid_flight() {
     let _turn = TURN.lock().await;
-    let Some(lab) = slow_lab().await else { return };
-    let claims = lab.slow().await;
+    let Some(lab) = lab().await else { return };
+    let claims = lab.held().await;
     let id = claims.key.migration;
     lab.manager.control("host-a", id, "suspend", 0).await;
     lab.manager.event(id, "suspended").await;
@@ -165,8 +153,8 @@ async fn a_frozen_source_that_hears_nothing_asks_the_target_directly() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_source_daemon_dies_in_the_transfer() {
     let _turn = TURN.lock().await;
-    let Some(mut lab) = slow_lab().await else { return };
-    let id = lab.slow().await.key.migration;
+    let Some(mut lab) = lab().await else { return };
+    let id = lab.held().await.key.migration;
     let qemu = lab.a.qemus();
     lab.a.kill();
     lab.a.until("its agent ends with it", |a| a.agents().is_empty()).await;
@@ -236,8 +224,8 @@ async fn a_permit_is_used_once_and_only_by_whom_it_names() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_stops_while_suspended_runs_on() {
     let _turn = TURN.lock().await;
-    let Some(lab) = slow_lab().await else { return };
-    let id = lab.slow().await.key.migration;
+    let Some(lab) = lab().await else { return };
+    let id = lab.held().await.key.migration;
     lab.manager.control("host-a", id, "suspend", 0).await;
     lab.manager.event(id, "suspended").await;
     lab.a.qmp("stop").await;
@@ -263,8 +251,8 @@ async fn a_vm_that_its_user_paused_stays_paused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_targets_qemu_dies_in_the_transfer() {
     let _turn = TURN.lock().await;
-    let Some(lab) = slow_lab().await else { return };
-    let id = lab.slow().await.key.migration;
+    let Some(lab) = lab().await else { return };
+    let id = lab.held().await.key.migration;
     lab.b.kill_qemu();
     lab.manager.row("given up", id, given_up).await;
     lab.a.only(1).await;

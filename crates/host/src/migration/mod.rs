@@ -153,6 +153,12 @@ impl<Effect, Event> Work<Effect, Event> {
     }
 }
 
+/// An effect's name without what it holds.
+pub(crate) fn name_of(effect: &impl std::fmt::Debug) -> String {
+    let text = format!("{effect:?}");
+    text.split([' ', '(', '{']).next().unwrap_or_default().to_owned()
+}
+
 /// Milliseconds between two moments, for people.
 #[allow(clippy::cast_precision_loss)]
 pub(crate) fn ms_between(from: Instant, to: Instant) -> f64 {

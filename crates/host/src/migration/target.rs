@@ -5,7 +5,8 @@ use super::hypervisor;
 use super::link::{AgentLink, next_of};
 use super::timers::Timers;
 use super::{
-    Answer, Control, Crash, Input, Line, Machine, Mirror, PeerAnswer, Work, answer, ms_between, report,
+    Answer, Control, Crash, Input, Line, Machine, Mirror, PeerAnswer, Work, answer, ms_between, name_of,
+    report,
 };
 use crate::agents::AgentGone;
 use crate::channel;
@@ -175,7 +176,9 @@ impl TargetShell {
     async fn drain(&mut self, work: &mut Work<Effect, Event>) -> Result<(), Crash> {
         loop {
             if let Some(effect) = work.effects.pop_front() {
+                let (name, began) = (name_of(&effect), Instant::now());
                 work.events.extend(self.perform(effect).await?);
+                tracing::debug!(migration = %self.migration(), effect = name, took_us = began.elapsed().as_micros());
             } else if let Some(event) = work.events.pop_front() {
                 work.effects.extend(self.handle(event, None));
             } else {

@@ -3,7 +3,7 @@
 use crate::error::HostError;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use types::{ErrorCode, Problem};
 
 /// `-machine help` takes 50 ms; a program that does not answer is not QEMU.
@@ -16,17 +16,23 @@ pub struct Binary {
     pub path: PathBuf,
     /// As inventories name it, e.g. `qemu/10.0.2`.
     pub hypervisor: String,
+    /// When the file was last changed: an upgraded QEMU is asked again.
+    changed: Option<SystemTime>,
     machines: BTreeSet<String>,
     aliases: BTreeMap<String, String>,
 }
 
 impl Binary {
-    /// Finds the program (in PATH when not configured) and asks it.
+    /// Finds the program (in PATH when not configured) and asks it, unless `known` is the same file.
     ///
     /// # Errors
     /// `missing-program`, or it does not answer as QEMU does.
-    pub async fn find(configured: Option<&Path>) -> Result<Self, Problem> {
+    pub async fn find(configured: Option<&Path>, known: Option<Self>) -> Result<Self, Problem> {
         let path = locate(configured.unwrap_or(Path::new("qemu-system-x86_64")))?;
+        let changed = std::fs::metadata(&path).and_then(|m| m.modified()).ok();
+        if let Some(known) = known.filter(|k| k.path == path && k.changed == changed && changed.is_some()) {
+            return Ok(known);
+        }
         let version = ask(&path, &["--version"]).await?;
         let number = version
             .split_once("QEMU emulator version ")
@@ -38,7 +44,7 @@ impl Binary {
         let hypervisor = format!("qemu/{number}");
         let help = ask(&path, &["-machine", "help"]).await?;
         let (machines, aliases) = parse_machines(&help);
-        Ok(Self { path, hypervisor, machines, aliases })
+        Ok(Self { path, changed, hypervisor, machines, aliases })
     }
 
     /// The exact machine type that a name means here.
@@ -122,10 +128,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_missing_program_is_named() {
-        let problem = Binary::find(Some(Path::new("/nowhere/qemu"))).await.expect_err("it is not there");
+        let problem =
+            Binary::find(Some(Path::new("/nowhere/qemu")), None).await.expect_err("it is not there");
         assert_eq!(problem.code, ErrorCode::MissingProgram);
         assert!(problem.detail.contains("/nowhere/qemu"));
-        let problem = Binary::find(Some(Path::new("/bin/true"))).await.expect_err("it is not QEMU");
+        let problem = Binary::find(Some(Path::new("/bin/true")), None).await.expect_err("it is not QEMU");
         assert_eq!(problem.code, ErrorCode::MissingProgram);
     }
 }

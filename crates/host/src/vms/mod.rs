@@ -39,6 +39,7 @@ const LOG_TAIL_BYTES: usize = 600;
 #[derive(Debug)]
 pub struct Vms {
     qemu: Option<PathBuf>,
+    binary: tokio::sync::Mutex<Option<Binary>>,
     user: Option<String>,
     serial_log: bool,
     folders: Folders,
@@ -79,6 +80,7 @@ impl Vms {
         let (ended, receiver) = mpsc::unbounded_channel();
         let vms = Self {
             qemu: settings.qemu,
+            binary: tokio::sync::Mutex::default(),
             user: settings.user,
             serial_log: settings.serial_log,
             folders: settings.folders,
@@ -191,7 +193,18 @@ impl Vms {
                 return Err(Problem::new(ErrorCode::BadRequest, text));
             }
         }
-        Binary::find(self.qemu.as_deref()).await
+        self.binary().await
+    }
+
+    /// The QEMU at hand. Asking it takes a tenth of a second, so it is asked once.
+    ///
+    /// # Errors
+    /// It is missing.
+    pub async fn binary(&self) -> Result<Binary, Problem> {
+        let mut known = self.binary.lock().await;
+        let binary = Binary::find(self.qemu.as_deref(), known.take()).await?;
+        *known = Some(binary.clone());
+        Ok(binary)
     }
 
     fn draft(&self, spec: &VmSpec, epoch: Epoch, machine: String, phase: Phase) -> Record {

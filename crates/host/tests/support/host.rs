@@ -198,7 +198,7 @@ impl Drop for Host {
             group.remove().ok();
             group = group.parent();
         }
-        if std::thread::panicking() {
+        if std::thread::panicking() || std::env::var("OUTRIDER_TEST_LOGS").is_ok() {
             eprintln!("==== log of {}\n{}", self.name, self.log());
         }
     }

@@ -310,6 +310,33 @@ impl Manager {
     ) -> PermitClaims {
         let (token, claims) = self.permit(spec, epoch, from, to).await;
         let prepared = self.prepare(&token, &claims, spec, inventory).await.unwrap();
+        self.start_source(token, &claims, prepared, inventory).await;
+        claims
+    }
+
+    /// The same with the target's agent suspended from the start: the transfer does not end by itself.
+    pub async fn migrate_held(
+        &self,
+        spec: &VmSpec,
+        inventory: &Inventory,
+        epoch: u64,
+        from: &str,
+        to: &str,
+    ) -> PermitClaims {
+        let (token, claims) = self.permit(spec, epoch, from, to).await;
+        let prepared = self.prepare(&token, &claims, spec, inventory).await.unwrap();
+        self.control(to, claims.key.migration, "suspend", 0).await;
+        self.start_source(token, &claims, prepared, inventory).await;
+        claims
+    }
+
+    async fn start_source(
+        &self,
+        token: Vec<u8>,
+        claims: &PermitClaims,
+        prepared: fleet::Prepared,
+        inventory: &Inventory,
+    ) {
         let order = fleet::StartSource {
             migration: claims.key.migration.to_string(),
             permit: token,
@@ -317,8 +344,8 @@ impl Manager {
             data_address: prepared.data_address,
             peer_address: prepared.peer_address,
         };
+        let from = claims.source.host.as_str();
         self.order(from, to_host::Body::Start(order)).await.unwrap();
-        claims
     }
 
     pub async fn control(&self, host: &str, migration: MigrationId, order: &str, rate: u64) {
