@@ -9,10 +9,10 @@ use crate::outbox::Outbox;
 use crate::peer::PeerSide;
 use crate::vms::Vms;
 use api::fleet::{self, to_manager::Body};
-use engine::handover::journal::{Entry, NonceLedger};
+use engine::handover::journal::{Entry, NonceLedger, SourceEntry, SourceFact};
 use permit::{KeyRing, SigningKey};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -65,6 +65,8 @@ pub struct IdleAgent {
 pub struct JournalStore {
     journal: Journal,
     entries: BTreeMap<MigrationId, Vec<Entry>>,
+    /// Attempts whose VM a later attempt was opened on: they have let go of its QEMU, whatever is seen of the process.
+    superseded: BTreeSet<MigrationId>,
     /// Every nonce that was ever consumed here.
     pub ledger: NonceLedger,
 }
@@ -74,11 +76,30 @@ impl JournalStore {
     #[must_use]
     pub fn new(journal: Journal, all: Vec<Entry>) -> Self {
         let ledger = NonceLedger::rebuild(&all);
-        let mut entries: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        let (entries, superseded) = (BTreeMap::new(), BTreeSet::new());
+        let mut store = Self { journal, entries, superseded, ledger };
         for entry in all {
-            entries.entry(entry.key().migration).or_default().push(entry);
+            store.remember(entry);
         }
-        Self { journal, entries, ledger }
+        store
+    }
+
+    fn remember(&mut self, entry: Entry) {
+        let key = *entry.key();
+        if matches!(entry, Entry::Source(SourceEntry { fact: SourceFact::Opened { .. }, .. })) {
+            let of_vm = |entries: &Vec<Entry>| entries.first().is_some_and(|e| e.key().vm == key.vm);
+            let earlier = self.entries.iter().filter(|(id, e)| **id != key.migration && of_vm(e));
+            let earlier: Vec<MigrationId> = earlier.map(|(id, _)| *id).collect();
+            self.superseded.extend(earlier);
+        }
+        self.entries.entry(key.migration).or_default().push(entry);
+    }
+
+    /// Whether a later attempt was opened on the QEMU of this one's VM, so that it must be recovered as superseded: an
+    /// old attempt that still acts would thaw what the newer one froze.
+    #[must_use]
+    pub fn superseded(&self, migration: MigrationId) -> bool {
+        self.superseded.contains(&migration)
     }
 
     /// The journal's id.
@@ -93,7 +114,7 @@ impl JournalStore {
     /// It is not durable.
     pub fn append(&mut self, entry: Entry) -> Result<(), JournalError> {
         self.journal.append(&entry, now_unix_us())?;
-        self.entries.entry(entry.key().migration).or_default().push(entry);
+        self.remember(entry);
         Ok(())
     }
 

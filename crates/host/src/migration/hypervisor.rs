@@ -1,5 +1,6 @@
 //! What the hand-over asks of QEMU over its monitors.
 
+use crate::daemon::{Daemon, lock};
 use crate::error::HostError;
 use crate::qmp::{Heard, Qmp, QmpError};
 use crate::vms::instance::Instance;
@@ -7,8 +8,8 @@ use engine::handover::target::{QemuStatus, RunState};
 use engine::handover::{QemuFacts, source, target};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use types::Nonce;
 use types::handover::PriorRunState;
+use types::{MigrationId, Nonce};
 
 /// Guests' TCP peers do not notice; QEMU's own default.
 const DOWNTIME_LIMIT_MS: u64 = 300;
@@ -97,8 +98,9 @@ pub async fn target_status(instance: &Instance) -> QemuStatus {
 }
 
 /// What a recovering source sees of its QEMU.
-pub fn source_seen(instance: Option<&Instance>) -> source::QemuSeen {
+pub fn source_seen(daemon: &Daemon, migration: MigrationId, instance: Option<&Instance>) -> source::QemuSeen {
     match instance {
+        _ if lock(&daemon.journal).superseded(migration) => source::QemuSeen::Superseded,
         Some(i) if i.freezer().is_frozen() => source::QemuSeen::Frozen,
         Some(i) if i.process().is_alive() => source::QemuSeen::Running,
         _ => source::QemuSeen::Dead,
@@ -107,7 +109,14 @@ pub fn source_seen(instance: Option<&Instance>) -> source::QemuSeen {
 
 /// What a recovering target sees of its QEMU. One that does not answer is asked again: taking a running guest for a
 /// paused one, or the other way round, would be a lie.
-pub async fn target_seen(instance: Option<&Instance>) -> target::QemuSeen {
+pub async fn target_seen(
+    daemon: &Daemon,
+    migration: MigrationId,
+    instance: Option<&Instance>,
+) -> target::QemuSeen {
+    if lock(&daemon.journal).superseded(migration) {
+        return target::QemuSeen::Superseded;
+    }
     loop {
         let Some(instance) = instance.filter(|i| i.process().is_alive()) else {
             return target::QemuSeen::Dead;

@@ -452,7 +452,7 @@ impl Migrations {
                 self.spawn(migration, open, async move {
                     let instance = daemon.vms.find(key.vm, key.target_epoch);
                     let entries = target_entries(&daemon, migration);
-                    let seen = hypervisor::target_seen(instance.as_deref()).await;
+                    let seen = hypervisor::target_seen(&daemon, migration, instance.as_deref()).await;
                     match Target::recover(&entries, seen) {
                         Ok((machine, effects)) => {
                             TargetShell::new(daemon, machine, instance, None, line).run(effects).await;
@@ -472,7 +472,7 @@ async fn revive_source(daemon: Arc<Daemon>, migration: MigrationId, first: &Sour
         _ => None,
     };
     let entries = source_entries(&daemon, migration);
-    match Source::recover(&entries, hypervisor::source_seen(instance.as_deref())) {
+    match Source::recover(&entries, hypervisor::source_seen(&daemon, migration, instance.as_deref())) {
         Ok((machine, effects)) => {
             SourceShell::new(daemon, machine, instance, None, line).run(effects).await;
         }

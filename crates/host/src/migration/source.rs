@@ -202,7 +202,7 @@ impl SourceShell {
     fn recover(&mut self) -> Vec<Effect> {
         let migration = self.migration();
         let entries: Vec<SourceEntry> = source_entries(&self.daemon, migration);
-        let seen = hypervisor::source_seen(self.instance.as_deref());
+        let seen = hypervisor::source_seen(&self.daemon, migration, self.instance.as_deref());
         match Source::recover(&entries, seen) {
             Ok((machine, effects)) => {
                 self.machine = machine;
@@ -644,7 +644,14 @@ impl SourceShell {
     }
 
     /// Directly, and through the manager.
+    /// Only who holds its frozen QEMU at this moment may ask: a renunciation on the word of a source whose copy is gone
+    /// would leave none (H7).
     fn ask_renounce(&self, statement: &Statement) {
+        let holds = |i: &Arc<Instance>| i.process().is_alive() && i.freezer().is_frozen();
+        if !self.instance.as_ref().is_some_and(holds) {
+            tracing::error!(migration = %self.migration(), "the frozen QEMU is gone; nothing is asked of the target");
+            return;
+        }
         let Ok(request) = permit::statement::sign(&self.daemon.key, statement) else { return };
         let key = self.machine.attempt().key;
         self.daemon.ask_renounce(&key, request.as_bytes());

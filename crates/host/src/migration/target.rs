@@ -208,7 +208,7 @@ impl TargetShell {
     async fn recover(&mut self) -> Vec<Effect> {
         let migration = self.migration();
         let entries = target_entries(&self.daemon, migration);
-        let seen = hypervisor::target_seen(self.instance.as_deref()).await;
+        let seen = hypervisor::target_seen(&self.daemon, migration, self.instance.as_deref()).await;
         match Target::recover(&entries, seen) {
             Ok((machine, effects)) => {
                 self.machine = machine;
