@@ -3,6 +3,7 @@
 //! concurrent spawns can't leak one), hands it connected descriptors, and watches its heartbeat.
 
 use crate::cgroup::Group;
+use crate::daemon::lock;
 use crate::error::{HostError, chain};
 use crate::folders::{private_folder, remove_file};
 use crate::process::{Process, ProcessId, Spawn, watch};
@@ -15,7 +16,8 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use types::agent::{Descriptor, FromAgent, MAX_PACKET_BYTES, ToAgent};
@@ -32,21 +34,23 @@ const END_TIMEOUT: Duration = Duration::from_millis(200);
 /// A packet that the agent does not take in this time means that it hangs.
 const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Starts agents.
+/// A spare agent is started this long after the last was taken: not beside the migration that took it.
+const SPARE_PAUSE: Duration = Duration::from_secs(2);
+
+/// Starts agents, and keeps one started ahead: it has no key and knows no migration yet, and it takes the start of a
+/// process, and its way into the cgroups, out of the decision on a permit.
 #[derive(Debug, Clone)]
 pub struct AgentSpawner {
-    /// The binary, when configured.
-    pub binary: Option<PathBuf>,
-    /// Cgroup of agents.
-    pub group: Group,
-    /// Folder for their logs.
-    pub folder: PathBuf,
+    binary: Option<PathBuf>,
+    group: Group,
+    folder: PathBuf,
+    spare: Arc<Mutex<Option<Agent>>>,
+    started: Arc<AtomicU64>,
 }
 
 /// A live agent. Sending and receiving may go on at once; dropping it closes its socket, and it ends.
 #[derive(Debug, Clone)]
 pub struct Agent {
-    side: Side,
     process: Process,
     socket: Arc<AsyncFd<OwnedFd>>,
     group: Group,
@@ -71,20 +75,65 @@ pub struct AgentGone {
 }
 
 impl AgentSpawner {
-    /// Starts an agent and has it make its key.
+    /// Of agents that run `binary` (the one beside this program when `None`), in children of `group`, with their logs in
+    /// `folder`.
+    #[must_use]
+    pub fn new(binary: Option<PathBuf>, group: Group, folder: PathBuf) -> Self {
+        Self { binary, group, folder, spare: Arc::default(), started: Arc::default() }
+    }
+
+    /// Takes the spare agent, or starts one, and has it make its key.
     ///
     /// # Errors
     /// `missing-program`, or it does not answer.
     pub async fn spawn(&self, migration: MigrationId, side: Side) -> Result<(Agent, Ready), Problem> {
         let binary = self.locate()?;
-        let agent = self.start(&binary, migration, side).map_err(|e| e.problem())?;
-        match agent.greet(migration).await {
+        let spare = lock(&self.spare).take();
+        self.refill();
+        if let Some(agent) = spare {
+            match agent.greet(migration, side).await {
+                Ok(ready) => return Ok((agent, ready)),
+                // It died while it waited; a fresh one tells why, if there is a reason.
+                Err(_) => agent.end().await,
+            }
+        }
+        let agent = self.start(&binary).map_err(|e| e.problem())?;
+        match agent.greet(migration, side).await {
             Ok(ready) => Ok((agent, ready)),
             Err(gone) => {
                 let text = format!("{gone}; {}", log_tail(&agent.log));
                 agent.end().await;
                 Err(Problem::new(ErrorCode::Internal, text))
             }
+        }
+    }
+
+    /// Has a spare agent started in a while.
+    pub fn refill(&self) {
+        let spawner = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(SPARE_PAUSE).await;
+            if lock(&spawner.spare).is_some() {
+                return;
+            }
+            let agent = spawner.locate().and_then(|binary| spawner.start(&binary).map_err(|e| e.problem()));
+            match agent {
+                Ok(agent) => {
+                    let other = lock(&spawner.spare).replace(agent);
+                    if let Some(other) = other {
+                        other.end().await;
+                    }
+                }
+                Err(problem) => tracing::warn!(%problem, "no VM agent could be started ahead"),
+            }
+        });
+    }
+
+    /// Ends the spare agent, when the daemon ends.
+    pub async fn end_spare(&self) {
+        let spare = lock(&self.spare).take();
+        if let Some(agent) = spare {
+            agent.end().await;
         }
     }
 
@@ -128,8 +177,8 @@ impl AgentSpawner {
         })
     }
 
-    fn start(&self, binary: &Path, migration: MigrationId, side: Side) -> Result<Agent, HostError> {
-        let name = format!("{migration}-{side}");
+    fn start(&self, binary: &Path) -> Result<Agent, HostError> {
+        let name = format!("agent-{}", self.started.fetch_add(1, Ordering::Relaxed));
         let group = self.group.child(&name);
         group.create()?;
         private_folder(&self.folder)?;
@@ -150,19 +199,13 @@ impl AgentSpawner {
         }
         .start()?;
         let socket = watch(ours).map_err(|e| HostError::system("cannot watch an agent's socket", e))?;
-        Ok(Agent { side, process, socket: Arc::new(socket), group, log })
+        Ok(Agent { process, socket: Arc::new(socket), group, log })
     }
 }
 
 impl Agent {
-    /// Its side.
-    #[must_use]
-    pub fn side(&self) -> Side {
-        self.side
-    }
-
-    async fn greet(&self, migration: MigrationId) -> Result<Ready, AgentGone> {
-        self.send(&ToAgent::Hello { side: self.side, migration }).await?;
+    async fn greet(&self, migration: MigrationId, side: Side) -> Result<Ready, AgentGone> {
+        self.send(&ToAgent::Hello { side, migration }).await?;
         let answer = tokio::time::timeout(READY_TIMEOUT, self.receive())
             .await
             .map_err(|_| gone("it did not make its key in time"))??;

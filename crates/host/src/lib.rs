@@ -88,6 +88,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
         // VMs that run here are none the worse for it; orders that need it say so again.
         tracing::warn!(%problem, "no VM can be started or received here");
     }
+    daemon.spawner.refill();
     let meter = LoadMeter::new(Hierarchies::detect().group(&config.cgroup).parent());
     let sampler = meter.clone();
     let keeper = SessionKeeper::new(daemon.clone(), identity, &config, meter, migrations);
@@ -98,6 +99,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
         () = sampler.sample() => {}
         () = tell_ends(daemon.clone(), ended) => {}
     }
+    daemon.spawner.end_spare().await;
     // Agents end with this process's sockets; a source that is not frozen then resumes by itself.
     tracing::info!("host daemon ends; VMs run on");
     Ok(())
@@ -133,11 +135,11 @@ fn assemble(
         permit_keys: Mutex::new(identity.joined.key_ring()),
         journal: Mutex::new(JournalStore::new(journal, entries)),
         vms,
-        spawner: AgentSpawner {
-            binary: config.agent_binary.clone(),
-            group: Hierarchies::detect().group(&config.cgroup).child("agents"),
-            folder: folders.run.join("agents"),
-        },
+        spawner: AgentSpawner::new(
+            config.agent_binary.clone(),
+            Hierarchies::detect().group(&config.cgroup).child("agents"),
+            folders.run.join("agents"),
+        ),
         idle_agents: Mutex::default(),
         outbox: Outbox::default(),
         folders,
