@@ -5,7 +5,7 @@
 use std::thread;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use outrider_lab::fault::{LogWatch, Trial};
 use outrider_lab::net::Machine::{self, HostA, HostB, Manager};
 use outrider_lab::{process, require};
@@ -168,4 +168,34 @@ fn manager_is_killed_at_the_commit() {
         restart(trial, Manager)?;
         Ok(Machine::HOSTS.to_vec())
     });
+}
+
+/// No rule brings back a VM whose only copy is killed: what must hold is that nothing else is lost with it.
+#[test]
+fn source_qemu_is_killed_in_transfer() {
+    if require::skip(require::missing()) {
+        return;
+    }
+    let outcome = (|| -> Result<()> {
+        let trial = Trial::start("source-qemu-killed", FILL_MIB)?;
+        trial.fleet.net.limit_migration_mbit(SLOW_MBIT)?;
+        let id = trial.migrate()?;
+        at(&trial, HostA, "connected")?;
+        for pid in trial.qemus(HostA) {
+            process::kill(pid);
+        }
+        let shown = trial.wait_tidy(&id)?;
+        ensure!(shown["state"] == "failed", "the migration is {}", shown["state"]);
+        ensure!(trial.qemus(HostB).is_empty(), "a QEMU with part of the state is left on the target");
+        // The VM crashed; it starts again, where the operator says, and moves again.
+        process::wait_for("the VM to be known as not running", RESTART_PAUSE * 10, || {
+            let vm = trial.fleet.json(&["vm", "show", "source-qemu-killed"])?;
+            Ok((vm["state"] != "running" && vm["state"] != "migrating").then_some(()))
+        })?;
+        ensure!(trial.fleet.start_vm(&trial.guest, HostB).is_err(), "started without its old host's word");
+        trial.fleet.json(&["vm", "stop", "source-qemu-killed"])?;
+        trial.fleet.start_vm(&trial.guest, HostB)?;
+        trial.wait_one_running(&[HostB]).map(|_| ())
+    })();
+    outcome.unwrap_or_else(|error| panic!("{error:?}"));
 }

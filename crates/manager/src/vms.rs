@@ -107,6 +107,14 @@ pub(crate) async fn start(
 fn already(row: &VmRow) -> Problem {
     let at = row.host.as_ref().map_or_else(String::new, |h| format!(" on {h}"));
     let detail = format!("VM {} is {}{at}", row.spec.name, state_text(row.state));
+    if row.state == VmState::Failed {
+        // Its host must say that nothing of it is left, or it could run twice.
+        let hint = format!(
+            "`outrider vm stop {}` has its host confirm that it is gone; then start it",
+            row.spec.name
+        );
+        return Problem::new(ErrorCode::WrongState, detail).hint(hint);
+    }
     Problem::new(ErrorCode::VmAlreadyRunning, detail)
 }
 
