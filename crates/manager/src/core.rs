@@ -8,13 +8,13 @@ use crate::feed::Feed;
 use crate::fleet::Fleet;
 use crate::policy::Policy;
 use registry::{Registry, RegistryError, Tx};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use types::{MigrationId, Side};
+use types::{MigrationId, Name, Side};
 
 /// The manager's shared parts.
 pub(crate) struct Manager {
@@ -26,6 +26,7 @@ pub(crate) struct Manager {
     pub(crate) feed: Feed,
     pub(crate) watch: Watch,
     pub(crate) hurry: Hurry,
+    pub(crate) ordered: Ordered,
     pub(crate) anchor: Anchor,
     /// When this process started, microseconds since the Unix epoch.
     pub(crate) started_us: i64,
@@ -100,6 +101,33 @@ impl Hurry {
         if since.is_some_and(|s| s.elapsed() >= HURRY_LIMIT) {
             *since = None;
         }
+    }
+}
+
+/// VMs about which a host has been given an order that it has not answered.
+#[derive(Clone, Default)]
+pub(crate) struct Ordered(Arc<Mutex<BTreeSet<Name>>>);
+
+/// One such order; over when dropped.
+pub(crate) struct Ordering {
+    ordered: Ordered,
+    vm: Name,
+}
+
+impl Ordered {
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<Name>> {
+        self.0.lock().expect("no holder of this lock can panic: it only moves values in a set")
+    }
+
+    /// Begins an order about a VM; `None` while another one is under way.
+    pub(crate) fn enter(&self, vm: &Name) -> Option<Ordering> {
+        self.lock().insert(vm.clone()).then(|| Ordering { ordered: self.clone(), vm: vm.clone() })
+    }
+}
+
+impl Drop for Ordering {
+    fn drop(&mut self) {
+        self.ordered.lock().remove(&self.vm);
     }
 }
 

@@ -30,7 +30,7 @@ pub use config::{Budgets, Config};
 
 use crate::anchor::Anchor;
 use crate::authority::{Authority, StateFolder, admin_token, token_hash};
-use crate::core::{Hurry, Manager, Watch};
+use crate::core::{Hurry, Manager, Ordered, Watch};
 use crate::feed::Feed;
 use crate::fleet::{Fleet, FleetService, HostConnection};
 use crate::policy::Policy;
@@ -118,6 +118,7 @@ pub async fn run_with(
         feed: Feed::new(),
         watch: Watch::default(),
         hurry: Hurry::default(),
+        ordered: Ordered::default(),
         anchor: Anchor::open(&state),
         started_us: clock::now_us(),
         advertised,

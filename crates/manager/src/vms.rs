@@ -1,6 +1,7 @@
 //! VMs: define, start, stop, show, and agree with what hosts say that they run.
 
-use crate::core::Manager;
+use crate::core::{Manager, Ordering};
+use crate::fleet::Session;
 use crate::http::Caller;
 use crate::migration::gates::unexpected;
 use crate::migration::handover;
@@ -20,7 +21,7 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 /// Stopping ends a process.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// Enough for every guest that fits a machine.
-const REPORTED_LIMIT: usize = 4_096;
+pub(crate) const REPORTED_LIMIT: usize = 4_096;
 /// An inventory has some hundred sections.
 const INVENTORY_LIMIT_BYTES: usize = 1 << 20;
 
@@ -40,68 +41,173 @@ pub(crate) async fn define(manager: &Manager, caller: &Caller, spec: VmSpec) -> 
     Ok(view)
 }
 
-/// Starts a VM on a host: placed under a fresh epoch first, told second, running when the host says so.
+/// Starts a VM on a host: placed under a fresh epoch first, told second, running when the host says so. It runs to its
+/// end in a task of its own, whatever becomes of whoever asked.
 ///
 /// # Errors
-/// Why not; then no host holds it, or it is known to be failed there.
+/// Why not. The VM stays placed on the host, unless the host's answer means that nothing of it was started there.
 pub(crate) async fn start(
     manager: &Arc<Manager>,
     caller: &Caller,
     name: &Name,
     host: &HostName,
 ) -> Result<VmView, Problem> {
+    let (own, caller, name, host) = (Arc::clone(manager), caller.clone(), name.clone(), host.clone());
+    in_own_task(manager, async move { started(&own, &caller, &name, &host).await }).await
+}
+
+/// An operator who hangs up must not leave an order half done: its answer would be heard by nobody.
+async fn in_own_task<T: Send + 'static>(
+    manager: &Manager,
+    work: impl Future<Output = Result<T, Problem>> + Send + 'static,
+) -> Result<T, Problem> {
+    let done = manager.tasks.spawn(work).await;
+    done.map_err(|e| Problem::new(ErrorCode::Internal, format!("the order was not carried out: {e}")))?
+}
+
+/// A start that is on its way.
+struct Start {
+    row: VmRow,
+    at: Location,
+    /// No order was ever given under this epoch before, so that the answer to this one is the whole truth.
+    fresh: bool,
+}
+
+async fn started(
+    manager: &Arc<Manager>,
+    caller: &Caller,
+    name: &Name,
+    host: &HostName,
+) -> Result<VmView, Problem> {
+    let session = manager.fleet.require(host)?;
+    let _ordering = ordering(manager, name)?;
+    let start = place(manager, caller, name, host).await?;
+    let spec_json = serde_json::to_string(&start.row.spec)
+        .map_err(|e| Problem::new(ErrorCode::Internal, format!("the spec does not serialise: {e}")))?;
+    let order = to_host::Body::StartVm(StartVm { spec_json, epoch: start.at.epoch.0 });
+    let outcome = match session.order(order, START_LIMIT).await {
+        Ok(reply::Result::Started(started)) => {
+            session.holds(start.row.spec.uuid);
+            parse_started(host, &started)
+        }
+        Ok(other) => Err(unexpected(host, "start-vm", &other)),
+        Err(problem) if start.fresh && nothing_is_left(&session, &start, &problem).await => {
+            return not_started(manager, &start, problem, true).await;
+        }
+        Err(problem) => Err(problem),
+    };
+    let (inventory, machine) = match outcome {
+        Ok(learned) => learned,
+        Err(problem) => return not_started(manager, &start, problem, false).await,
+    };
+    let mut tx = manager.begin("VM started").await?;
+    tx.enrol_inventory(start.row.spec.uuid, &inventory, &machine).await?;
+    exactly(tx.set_vm_state(start.row.spec.uuid, &start.at, VmState::Running).await?, &start)?;
+    let detail = json!({ "host": host, "machine": machine, "hypervisor": inventory.hypervisor });
+    tx.audit(&format!("host/{host}"), "vm.started", name.as_str(), detail).await?;
+    let row = tx.vm(start.row.spec.uuid).await?.ok_or_else(|| unknown_vm(name))?;
+    let view = view(&mut tx, row).await?;
+    tx.commit().await?;
+    Ok(view)
+}
+
+/// One order about a VM at a time: of two at once, neither answer would say what the other came to.
+fn ordering(manager: &Manager, name: &Name) -> Result<Ordering, Problem> {
+    manager.ordered.enter(name).ok_or_else(|| {
+        let detail = format!("VM {name} is being started or stopped at this moment");
+        Problem::new(ErrorCode::WrongState, detail).hint("`outrider vm show` tells when that is done")
+    })
+}
+
+/// Places the VM, or finds it placed by an order whose answer was lost.
+async fn place(manager: &Manager, caller: &Caller, name: &Name, host: &HostName) -> Result<Start, Problem> {
     let mut tx = manager.begin("place a VM").await?;
     let row = tx.vm_named(name).await?.ok_or_else(|| unknown_vm(name))?;
     let target = require_host(&mut tx, host).await?;
     if target.state == Enrolment::Quarantined {
         return Err(Problem::new(ErrorCode::PolicyDenied, format!("host {host} is quarantined")));
     }
-    let session = manager.fleet.require(host)?;
     let epoch = match (&row.host, row.state) {
-        (None, _) => tx.place_vm(row.spec.uuid, host).await?,
+        (None, _) => {
+            not_elsewhere(manager, &row, host)?;
+            tx.place_vm(row.spec.uuid, host).await?
+        }
         // The answer to an earlier order may have been lost: the same order again is answered the same.
-        (Some(at), VmState::Starting | VmState::Failed) if at == host => Some(row.epoch),
+        (Some(at), VmState::Starting | VmState::Failed) if at == host => {
+            not_elsewhere(manager, &row, host)?;
+            Some(row.epoch)
+        }
         _ => None,
     };
     let epoch = epoch.ok_or_else(|| already(&row))?;
-    let at = Location { host: host.clone(), epoch };
-    tx.set_vm_state(row.spec.uuid, &at, VmState::Starting).await?;
+    let (at, fresh) = (Location { host: host.clone(), epoch }, row.host.is_none());
+    let start = Start { row, at, fresh };
+    exactly(tx.set_vm_state(start.row.spec.uuid, &start.at, VmState::Starting).await?, &start)?;
     let detail = json!({ "host": host, "epoch": epoch });
     tx.audit(&caller.audit_name(), "vm.start", name.as_str(), detail).await?;
     tx.commit().await?;
+    Ok(start)
+}
 
-    let spec_json = serde_json::to_string(&row.spec)
-        .map_err(|e| Problem::new(ErrorCode::Internal, format!("the spec does not serialise: {e}")))?;
-    let order = to_host::Body::StartVm(StartVm { spec_json, epoch: epoch.0 });
-    let outcome = match session.order(order, START_LIMIT).await {
-        Ok(reply::Result::Started(started)) => parse_started(host, &started),
-        Ok(other) => Err(unexpected(host, "start-vm", &other)),
-        Err(problem) => Err(problem),
-    };
-    let mut tx = manager.begin("VM started").await?;
-    match outcome {
-        Ok((inventory, machine)) => {
-            tx.enrol_inventory(row.spec.uuid, &inventory, &machine).await?;
-            tx.set_vm_state(row.spec.uuid, &at, VmState::Running).await?;
-            let detail = json!({ "host": host, "machine": machine, "hypervisor": inventory.hypervisor });
-            tx.audit(&format!("host/{host}"), "vm.started", name.as_str(), detail).await?;
-        }
-        Err(problem) => {
-            // A host that answered "no" has none of it. One that did not answer may have it: then it stays placed,
-            // and only that host (or its word) can change it.
-            if problem.code != ErrorCode::HostUnreachable {
-                tx.unplace_vm(row.spec.uuid, &at, VmState::Defined).await?;
-            }
-            let detail = json!({ "host": host, "code": problem.code, "detail": problem.detail });
-            tx.audit(&manager.actor(), "vm.start-failed", name.as_str(), detail).await?;
-            tx.commit().await?;
-            return Err(problem);
-        }
+/// A copy that another host reports may run, whatever the registry says.
+fn not_elsewhere(manager: &Manager, row: &VmRow, host: &HostName) -> Result<(), Problem> {
+    let Some(other) = manager.fleet.holder_beside(row.spec.uuid, host) else { return Ok(()) };
+    let name = &row.spec.name;
+    let detail =
+        format!("host {other} reports that it holds VM {name}, which the registry does not place there");
+    let hint =
+        format!("`outrider vm start {name} --on {other}`, then `outrider vm stop {name}`, ends that copy");
+    Err(Problem::new(ErrorCode::VmAlreadyRunning, detail).hint(hint))
+}
+
+fn exactly(changed: bool, start: &Start) -> Result<(), Problem> {
+    if changed {
+        return Ok(());
     }
-    let row = tx.vm(row.spec.uuid).await?.ok_or_else(|| unknown_vm(name))?;
-    let view = view(&mut tx, row).await?;
+    let Location { host, epoch } = &start.at;
+    let detail = format!("VM {} is not on {host} under epoch {} any more", start.row.spec.name, epoch.0);
+    Err(Problem::new(ErrorCode::WrongState, detail))
+}
+
+/// Whether the host's refusal means that nothing of the VM is there. A closed list: whatever else it says, or that it
+/// says nothing, leaves open that it runs.
+async fn nothing_is_left(session: &Session, start: &Start, refusal: &Problem) -> bool {
+    match refusal.code {
+        // Found wrong before anything is started.
+        ErrorCode::BadRequest
+        | ErrorCode::BadConfiguration
+        | ErrorCode::MissingProgram
+        | ErrorCode::InsufficientCapacity => true,
+        // A hypervisor was started: the host must say that it is gone.
+        ErrorCode::HypervisorFailed => {
+            let stop = StopVm { vm: start.row.spec.uuid.to_string(), epoch: start.at.epoch.0 };
+            matches!(session.order(to_host::Body::StopVm(stop), STOP_LIMIT).await, Ok(reply::Result::Done(_)))
+        }
+        _ => false,
+    }
+}
+
+async fn not_started(
+    manager: &Manager,
+    start: &Start,
+    problem: Problem,
+    nothing_left: bool,
+) -> Result<VmView, Problem> {
+    let (name, Location { host, .. }) = (&start.row.spec.name, &start.at);
+    let mut tx = manager.begin("VM not started").await?;
+    if nothing_left {
+        exactly(tx.unplace_vm(start.row.spec.uuid, &start.at, VmState::Defined).await?, start)?;
+    }
+    let detail =
+        json!({ "host": host, "code": problem.code, "detail": problem.detail, "placed": !nothing_left });
+    tx.audit(&manager.actor(), "vm.start-failed", name.as_str(), detail).await?;
     tx.commit().await?;
-    Ok(view)
+    if nothing_left || problem.hint.is_some() {
+        return Err(problem);
+    }
+    Err(problem.hint(format!(
+        "it may run on {host}: start it there again to ask, or `outrider vm stop {name}` to have {host} end it"
+    )))
 }
 
 fn already(row: &VmRow) -> Problem {
@@ -136,6 +242,12 @@ fn parse_started(host: &HostName, started: &api::fleet::Started) -> Result<(Inve
 /// # Errors
 /// Why not.
 pub(crate) async fn stop(manager: &Arc<Manager>, caller: &Caller, name: &Name) -> Result<VmView, Problem> {
+    let (own, caller, name) = (Arc::clone(manager), caller.clone(), name.clone());
+    in_own_task(manager, async move { stopped(&own, &caller, &name).await }).await
+}
+
+async fn stopped(manager: &Arc<Manager>, caller: &Caller, name: &Name) -> Result<VmView, Problem> {
+    let _ordering = ordering(manager, name)?;
     let mut tx = manager.begin("stop a VM").await?;
     let row = tx.vm_named(name).await?.ok_or_else(|| unknown_vm(name))?;
     if let Some(open) = tx.open_migration_of(row.spec.uuid).await? {
@@ -156,6 +268,7 @@ pub(crate) async fn stop(manager: &Arc<Manager>, caller: &Caller, name: &Name) -
         Err(problem) if matches!(problem.code, ErrorCode::UnknownVm | ErrorCode::VmNotRunning) => {}
         Err(problem) => return Err(problem),
     }
+    session.holds_no_more(row.spec.uuid);
     let mut tx = manager.begin("VM stopped").await?;
     if tx.unplace_vm(row.spec.uuid, &at, VmState::Defined).await? {
         tx.audit(&format!("host/{}", at.host), "vm.stopped", name.as_str(), json!({})).await?;

@@ -49,7 +49,14 @@ pub(super) async fn message(
             drop(news.send(News::Event(clock::now_us(), event)).await);
             Ok(())
         }
-        Some(B::VmEvent(event)) => vms::reported(manager, host, &event).await,
+        Some(B::VmEvent(event)) => {
+            match (event.vm.parse(), event.state.as_str()) {
+                (Ok(vm), "running" | "paused") => session.holds(vm),
+                (Ok(vm), "dead" | "stopped" | "shutdown") => session.holds_no_more(vm),
+                _ => {}
+            }
+            vms::reported(manager, host, &event).await
+        }
         Some(B::AskRenounce(ask)) => asked(manager, session, news, ask).await,
         Some(B::Hello(_)) => Err(Problem::new(ErrorCode::BadRequest, "a second hello in one session")),
         // From a newer host: not understood, not harmful.
@@ -186,6 +193,9 @@ async fn stated(
         other => {
             let orders = apply(&mut tx, &signer, &key, other, digest, &signed).await?;
             tx.commit().await?;
+            if orders.is_some() && signer == session.host {
+                holds_since(session, other);
+            }
             tracing::trace!(
                 kind = handover::kind_of(other),
                 took_us = clock::now_us() - heard_us,
@@ -208,6 +218,17 @@ async fn stated(
         session.tell(to_host::Body::StatementStored(stored))?;
     }
     Ok(())
+}
+
+/// What a host's own statement tells of the copies that it holds.
+fn holds_since(session: &Session, statement: &Statement) {
+    match statement {
+        Statement::Running(receipt) => session.holds(receipt.key.vm),
+        // Both are signed when the copy is dead, and not before.
+        Statement::Released(receipt) => session.holds_no_more(receipt.key.vm),
+        Statement::Renounced(renunciation) => session.holds_no_more(renunciation.key.vm),
+        _ => {}
+    }
 }
 
 /// Who signed, with which key, and what. A host shows its own statements, and the other side's renunciation.

@@ -12,7 +12,7 @@ use crate::clock;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use types::host::{Interface, Load};
-use types::{ErrorCode, HostName, Problem};
+use types::{ErrorCode, HostName, Problem, VmId};
 
 /// Every live session, at most one per host.
 #[derive(Default)]
@@ -70,6 +70,11 @@ impl Fleet {
             interfaces: s.interfaces.clone(),
             last_seen_us: s.last_seen_us(),
         })
+    }
+
+    /// A host other than this one that says that it holds a copy of a VM.
+    pub(crate) fn holder_beside(&self, vm: VmId, host: &HostName) -> Option<HostName> {
+        self.lock().values().find(|s| s.host != *host && s.is_holding(vm)).map(|s| s.host.clone())
     }
 
     /// Names of the hosts that are connected.

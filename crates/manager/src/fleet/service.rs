@@ -5,6 +5,7 @@ use crate::core::Manager;
 use crate::fleet::Session;
 use crate::fleet::session::{HEARTBEAT_IDLE_S, HEARTBEAT_MIGRATING_S, OUTBOX_ORDERS};
 use crate::migration::gates;
+use crate::vms;
 use api::fleet::fleet_server::Fleet as FleetRpc;
 use api::fleet::{Hello, JoinReply, JoinRequest, PermitKey, ToHost, ToManager, Welcome, to_host, to_manager};
 use futures::Stream;
@@ -160,6 +161,9 @@ async fn enter(
     let signing_key = permit::VerifyingKey::from_bytes(&hello.signing_key)
         .map_err(|e| Problem::new(ErrorCode::HostMismatch, format!("host {host}: {e}")))?;
     let session = Session::new(host.clone(), caller.address.ip(), reported, signing_key, outbox);
+    for vm in hello.vms.iter().take(vms::REPORTED_LIMIT).filter_map(|vm| vm.vm.parse().ok()) {
+        session.holds(vm);
+    }
     session.tell(to_host::Body::Welcome(welcome(manager)))?;
     let mut tx = manager.begin("host attached").await?;
     tx.host_seen(&host, &hello.version.chars().take(64).collect::<String>(), &session.interfaces).await?;

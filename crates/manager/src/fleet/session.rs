@@ -3,7 +3,7 @@
 use crate::clock;
 use api::fleet::{Reply, ToHost, reply, to_host};
 use permit::VerifyingKey;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use types::host::{Interface, Load};
-use types::{ErrorCode, HostName, Problem};
+use types::{ErrorCode, HostName, Problem, VmId};
 
 /// Orders that wait for a slow host before it counts as unreachable.
 pub(crate) const OUTBOX_ORDERS: usize = 256;
@@ -39,6 +39,8 @@ pub(crate) struct Session {
     pending: Mutex<BTreeMap<u64, oneshot::Sender<Reply>>>,
     next_id: AtomicU64,
     load: Mutex<Option<Load>>,
+    /// The VMs of which the host holds a copy, as it last said.
+    held: Mutex<BTreeSet<VmId>>,
     last_seen_us: AtomicI64,
     closed: CancellationToken,
 }
@@ -60,6 +62,7 @@ impl Session {
             pending: Mutex::default(),
             next_id: AtomicU64::new(1),
             load: Mutex::default(),
+            held: Mutex::default(),
             last_seen_us: AtomicI64::new(clock::now_us()),
             closed: CancellationToken::new(),
         })
@@ -154,6 +157,25 @@ impl Session {
     /// Keeps a reported load, for views. Decisions ask anew.
     pub(crate) fn loaded(&self, load: Load) {
         *self.load.lock().expect("no holder of this lock can panic: it only copies") = Some(load);
+    }
+
+    fn held(&self) -> MutexGuard<'_, BTreeSet<VmId>> {
+        self.held.lock().expect("no holder of this lock can panic: it only moves values in a set")
+    }
+
+    /// The host says that it holds a copy of a VM, running or not.
+    pub(crate) fn holds(&self, vm: VmId) {
+        self.held().insert(vm);
+    }
+
+    /// The host says that its copy of a VM is gone.
+    pub(crate) fn holds_no_more(&self, vm: VmId) {
+        self.held().remove(&vm);
+    }
+
+    /// Whether the host last said that it holds a copy of a VM.
+    pub(crate) fn is_holding(&self, vm: VmId) -> bool {
+        self.held().contains(&vm)
     }
 
     /// Ends the session.

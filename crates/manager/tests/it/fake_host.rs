@@ -44,6 +44,10 @@ pub(crate) struct Manners {
     pub(crate) refuses: Vec<(&'static str, &'static str)>,
     /// Orders that are not answered.
     pub(crate) ignores: Vec<&'static str>,
+    /// Orders that are carried out only when they are no longer named here.
+    pub(crate) delays: Vec<&'static str>,
+    /// It starts VMs and says so in a way that cannot be read.
+    pub(crate) mumbles: bool,
     /// Measured memory.
     pub(crate) available_bytes: u64,
 }
@@ -56,6 +60,8 @@ impl Default for Manners {
             flows: true,
             refuses: Vec::new(),
             ignores: Vec::new(),
+            delays: Vec::new(),
+            mumbles: false,
             available_bytes: 2 << 30,
         }
     }
@@ -332,6 +338,11 @@ impl FakeHost {
         self.step(&format!("statement {kind}"));
     }
 
+    /// It holds a copy of a VM of which the registry knows nothing.
+    pub(crate) fn found(&self, vm: VmId, epoch: u64) {
+        self.inner.lock().unwrap().vms.insert(vm, epoch);
+    }
+
     /// One of its QEMUs ends by itself.
     pub(crate) async fn vm_died(&self, vm: VmId) {
         self.inner.lock().unwrap().vms.remove(&vm);
@@ -373,6 +384,9 @@ impl FakeHost {
         let (id, own) = (order.id, self.own.upgrade().unwrap());
         // Orders that take their time must not keep the others waiting.
         tokio::spawn(async move {
+            while own.manners.lock().unwrap().delays.contains(&kind) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
             let outcome = match refusal {
                 Some(refusal) => refusal,
                 None => own.carry_out(body).await,
@@ -448,8 +462,9 @@ impl FakeHost {
             "machine": "pc-q35-10.0", "page_size_bytes": 4096, "hypervisor": "qemu/10.0.2",
             "ram_blocks": [{ "name": "pc.ram", "length_bytes": spec.memory_bytes }],
         });
-        let machine = "pc-q35-10.0".to_owned();
-        Outcome::Started(Started { inventory_json: inventory.to_string(), machine, pid: 1 })
+        let inventory_json =
+            if self.manners.lock().unwrap().mumbles { "{".to_owned() } else { inventory.to_string() };
+        Outcome::Started(Started { inventory_json, machine: "pc-q35-10.0".to_owned(), pid: 1 })
     }
 
     async fn sign_request(&self, order: &api::fleet::Intent) -> Outcome {

@@ -7,4 +7,5 @@ mod http;
 mod joining;
 mod migrating;
 mod restarting;
+mod starting;
 mod world;
