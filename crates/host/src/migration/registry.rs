@@ -389,11 +389,14 @@ impl Migrations {
     /// The right to start an attempt on a VM's QEMU: every other attempt on this host has let go of it. One whose
     /// machine is not known yet has not.
     fn claim(&self, vm: VmId, own: Option<MigrationId>) -> Option<Claim> {
-        let others: Vec<_> = lock(&self.open)
+        let known: Vec<_> = lock(&self.open)
             .iter()
             .filter(|(id, open)| Some(**id) != own && open.vm == vm)
-            .map(|(_, open)| lock(&open.mirror).clone())
-            .collect::<Option<_>>()?;
+            .map(|(id, open)| (*id, lock(&open.mirror).clone()))
+            .collect();
+        // A late message revives the machine of an attempt that has ended; that one has nothing to do to any QEMU.
+        let open = known.into_iter().filter(|(id, machine)| machine.is_some() || !closed(&self.daemon, *id));
+        let others: Vec<_> = open.map(|(_, machine)| machine).collect::<Option<_>>()?;
         let sources = others.iter().filter_map(|m| match m {
             Machine::Source(source) => Some(source),
             Machine::Target(_) => None,
@@ -463,6 +466,15 @@ impl Migrations {
             }
         }
         Some(handle)
+    }
+}
+
+/// Whether the journal says that the attempt has ended on both sides.
+fn closed(daemon: &Daemon, migration: MigrationId) -> bool {
+    match lock(&daemon.journal).of(migration).last() {
+        Some(Entry::Source(entry)) => matches!(entry.fact, SourceFact::Closed),
+        Some(Entry::Target(entry)) => matches!(entry.fact, TargetFact::Closed),
+        None => false,
     }
 }
 
