@@ -35,6 +35,11 @@ impl Bench {
         vms
     }
 
+    fn qemus(&self) -> Vec<u32> {
+        let all = Hierarchies::detect().group(&self.cgroup).children();
+        all.iter().flat_map(outrider_host::cgroup::Group::processes).collect()
+    }
+
     fn nothing_is_left(&self) {
         let count = |sub: &str| std::fs::read_dir(self.folder.path().join(sub)).unwrap().count();
         assert_eq!((count("s/vms"), count("r")), (0, 0), "records and sockets are removed");
@@ -100,6 +105,42 @@ async fn a_restarted_daemon_adopts_its_vms_and_sweeps_the_half_started() {
     assert!(second.start(&spec(), Epoch(1)).await.is_ok(), "the inventory is remembered");
     drop(first);
     second.stop(spec().uuid, Epoch(1)).await.unwrap();
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn orders_that_cross_start_one_qemu() {
+    let Some(bench) = Bench::new("cross") else { return };
+    let vms = bench.vms();
+    let key = HandoverKey {
+        migration: MigrationId::from_bytes([1; 16]),
+        vm: spec().uuid,
+        source_epoch: Epoch(2),
+        target_epoch: Epoch(3),
+    };
+    let inventory = vms.start(&spec(), Epoch(1)).await.unwrap().inventory;
+    vms.stop(spec().uuid, Epoch(1)).await.unwrap();
+
+    let spec = spec();
+    let (first, again, later, target, stop) = tokio::join!(
+        vms.start(&spec, Epoch(1)),
+        vms.start(&spec, Epoch(1)),
+        vms.start(&spec, Epoch(2)),
+        vms.prepare(&spec, &key, &inventory),
+        vms.stop(spec.uuid, Epoch(1)),
+    );
+    assert_eq!(bench.qemus(), [first.unwrap().pid]);
+    assert_eq!(bench.qemus(), [again.unwrap().pid], "the same answer");
+    assert_eq!(later.unwrap_err().code, ErrorCode::VmAlreadyRunning);
+    assert_eq!(target.unwrap_err().code, ErrorCode::VmAlreadyRunning);
+    assert_eq!(stop.unwrap_err().code, ErrorCode::WrongState, "nothing is gone while it is being started");
+    vms.stop(spec.uuid, Epoch(1)).await.unwrap();
+
+    // Whoever ordered it goes away: it is carried out all the same, and once.
+    tokio::time::timeout(Duration::ZERO, vms.start(&spec, Epoch(4))).await.unwrap_err();
+    let started = vms.start(&spec, Epoch(4)).await.unwrap();
+    assert_eq!(bench.qemus(), [started.pid]);
+    vms.stop(spec.uuid, Epoch(4)).await.unwrap();
     bench.nothing_is_left();
 }
 

@@ -5,6 +5,7 @@
 
 pub mod instance;
 pub mod record;
+mod table;
 
 use crate::cgroup::{Group, Hierarchies};
 use crate::error::HostError;
@@ -18,10 +19,10 @@ use instance::Instance;
 use record::{Phase, Record};
 use rustix::process::Signal;
 use serde_json::json;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
+use table::{Admission, SharedTable, Table};
 use tokio::sync::mpsc;
 use types::inventory::Inventory;
 use types::vm::{Accel, FileRef, VmSpec};
@@ -44,7 +45,7 @@ pub struct Vms {
     serial_log: bool,
     folders: Folders,
     group: Group,
-    instances: Mutex<BTreeMap<String, Arc<Instance>>>,
+    table: SharedTable,
     ended: mpsc::UnboundedSender<Arc<Instance>>,
 }
 
@@ -85,7 +86,7 @@ impl Vms {
             serial_log: settings.serial_log,
             folders: settings.folders,
             group: Hierarchies::detect().group(&settings.cgroup),
-            instances: Mutex::default(),
+            table: SharedTable::default(),
             ended,
         };
         (Arc::new(vms), receiver)
@@ -94,43 +95,56 @@ impl Vms {
     /// Everything that lives here.
     #[must_use]
     pub fn all(&self) -> Vec<Arc<Instance>> {
-        self.lock().values().cloned().collect()
+        self.lock().held.values().cloned().collect()
     }
 
     /// The QEMU that holds a VM under an epoch.
     #[must_use]
     pub fn find(&self, vm: VmId, epoch: Epoch) -> Option<Arc<Instance>> {
-        self.lock().values().find(|i| i.record().epoch == epoch && i.vm() == vm).cloned()
+        self.lock().held.values().find(|i| i.record().epoch == epoch && i.vm() == vm).cloned()
     }
 
     /// The QEMU in which a VM runs here (not one that waits for a migration).
     #[must_use]
     pub fn running(&self, vm: VmId) -> Option<Arc<Instance>> {
-        self.lock().values().find(|i| i.vm() == vm && i.record().phase == Phase::Running).cloned()
+        self.lock().held.values().find(|i| i.vm() == vm && i.record().phase == Phase::Running).cloned()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Instance>>> {
-        self.instances.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock()
     }
 
-    /// Starts a VM. Repeating the order is harmless.
+    /// Starts a VM. Repeating the order is harmless, also while it is being carried out: both are answered the same.
+    /// It is carried out to its end whether or not its caller waits.
     ///
     /// # Errors
-    /// What is missing or wrong, in an operator's words; nothing is left behind.
+    /// What is missing or wrong, in an operator's words. `vm-already-running`: something of it is, or may be, here.
+    /// Any other code: nothing of it is left here.
     pub async fn start(self: &Arc<Self>, spec: &VmSpec, epoch: Epoch) -> Result<Started, Problem> {
-        if let Some(instance) = self.lock().values().find(|i| i.vm() == spec.uuid) {
-            return started_before(instance, epoch);
-        }
+        let late = match self.table.admit_start(spec.uuid, epoch)? {
+            Admission::Before(started) => return Ok(started),
+            Admission::Underway(late) => late,
+            Admission::Yours(claim, sender, late) => {
+                let (vms, spec) = (self.clone(), spec.clone());
+                tokio::spawn(async move {
+                    let outcome = vms.start_claimed(&spec, epoch).await;
+                    drop(claim);
+                    sender.send_replace(Some(outcome));
+                });
+                late
+            }
+        };
+        table::settled(late).await
+    }
+
+    async fn start_claimed(self: &Arc<Self>, spec: &VmSpec, epoch: Epoch) -> Result<Started, Problem> {
         let binary = self.check(spec).await?;
         let machine = binary.machine(&spec.machine)?;
         let record = self.draft(spec, epoch, machine, Phase::Starting);
         let instance = self.launch(record, &binary).await?;
         match self.let_go(&instance, epoch, &binary).await {
             Ok(inventory) => Ok(Started { inventory, pid: instance.process().id().pid }),
-            Err(error) => {
-                self.end(&instance).await;
-                Err(error.problem())
-            }
+            Err(error) => Err(self.undo(&instance, error.problem()).await),
         }
     }
 
@@ -161,11 +175,27 @@ impl Vms {
         key: &HandoverKey,
         inventory: &Inventory,
     ) -> Result<Arc<Instance>, Problem> {
+        let claim = self.table.claim(spec.uuid, key.target_epoch)?;
+        let (vms, spec, key, inventory) = (self.clone(), spec.clone(), *key, inventory.clone());
+        // In its own task: a caller that is cancelled must not leave a QEMU that nobody holds.
+        let work = tokio::spawn(async move {
+            let _claim = claim;
+            vms.prepare_claimed(&spec, &key, inventory).await
+        });
+        work.await.map_err(|e| Problem::new(ErrorCode::Internal, e.to_string()))?
+    }
+
+    async fn prepare_claimed(
+        self: &Arc<Self>,
+        spec: &VmSpec,
+        key: &HandoverKey,
+        inventory: Inventory,
+    ) -> Result<Arc<Instance>, Problem> {
         let binary = self.check(spec).await?;
         let machine = binary.machine(&inventory.machine)?;
         let phase = Phase::Incoming { migration: key.migration };
         let mut record = self.draft(spec, key.target_epoch, machine, phase);
-        record.inventory = Some(inventory.clone());
+        record.inventory = Some(inventory);
         self.launch(record, &binary).await
     }
 
@@ -227,8 +257,8 @@ impl Vms {
         let process = match self.spawn(&record, binary, &folder, &group).await {
             Ok(process) => process,
             Err(problem) => {
-                self.sweep(&record).await;
-                return Err(problem);
+                let swept = self.sweep(&record).await;
+                return Err(if swept { problem } else { may_be_here(&problem) });
             }
         };
         record.process = Some(process.id().clone());
@@ -240,11 +270,14 @@ impl Vms {
         };
         match ready {
             Ok(()) => Ok(instance),
-            Err(problem) => {
-                self.end(&instance).await;
-                Err(problem)
-            }
+            Err(problem) => Err(self.undo(&instance, problem).await),
         }
+    }
+
+    /// Ends what could not be started in full; says so if it can't be ended either.
+    async fn undo(&self, instance: &Arc<Instance>, problem: Problem) -> Problem {
+        self.end(instance).await;
+        if instance.process().is_alive() { may_be_here(&problem) } else { problem }
     }
 
     async fn spawn(
@@ -313,12 +346,17 @@ impl Vms {
         let slot = record.slot.clone();
         let instance =
             Arc::new(Instance::new(record, self.folders.records(), process, freezer, group, folder));
-        self.lock().insert(slot.clone(), instance.clone());
+        self.lock().held.insert(slot.clone(), instance.clone());
         let (vms, held) = (self.clone(), instance.clone());
         tokio::spawn(async move {
             held.process().exited().await;
             held.clean_up().await;
-            vms.lock().remove(&slot);
+            {
+                let mut table = vms.lock();
+                if table.held.get(&slot).is_some_and(|now| Arc::ptr_eq(now, &held)) {
+                    table.held.remove(&slot);
+                }
+            }
             // The daemon is going down when nobody listens.
             vms.ended.send(held).ok();
         });
@@ -328,9 +366,9 @@ impl Vms {
     /// Stops a VM for good. Repeating the order is harmless.
     ///
     /// # Errors
-    /// It is held under another epoch, or can't be ended.
+    /// It is being started, is held under another epoch, or can't be ended.
     pub async fn stop(&self, vm: VmId, epoch: Epoch) -> Result<(), Problem> {
-        let Some(instance) = self.lock().values().find(|i| i.vm() == vm).cloned() else { return Ok(()) };
+        let Some(instance) = self.lock().settled(vm)? else { return Ok(()) };
         let held = instance.record().epoch;
         // A later epoch is the registry's right: an attempt that never reached this host burnt some.
         if epoch < held {
@@ -360,7 +398,7 @@ impl Vms {
     async fn gone(&self, instance: &Instance) {
         let slot = instance.record().slot;
         for _ in 0..500 {
-            if !self.lock().contains_key(&slot) {
+            if !self.lock().held.contains_key(&slot) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -383,14 +421,17 @@ impl Vms {
                     tracing::info!(vm = %record.spec.name, pid = process.id().pid, "QEMU adopted");
                     self.hold(record, process);
                 }
-                _ => self.sweep(&record).await,
+                _ => {
+                    self.sweep(&record).await;
+                }
             }
         }
         Ok(())
     }
 
-    /// Removes what is left of a QEMU that is not held: a half-started one is ended, by its cgroup.
-    async fn sweep(&self, record: &Record) {
+    /// Removes what is left of a QEMU that is not held: a half-started one is ended, by its cgroup. Whether
+    /// nothing of it lives any more; its record stays otherwise.
+    async fn sweep(&self, record: &Record) -> bool {
         let group = self.group.child(&record.slot);
         for pid in group.processes() {
             let held = ProcessId::of(pid).and_then(|id| Process::adopt(&id));
@@ -404,6 +445,11 @@ impl Vms {
                 }
                 tokio::time::timeout(QUIT_TIMEOUT, process.exited()).await.ok();
             }
+        }
+        let rest = group.processes();
+        if !rest.is_empty() {
+            tracing::error!(?rest, slot = record.slot, "a half-started QEMU cannot be ended");
+            return false;
         }
         for name in &record.taps {
             tap::remove(name).await;
@@ -421,20 +467,32 @@ impl Vms {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         crate::folders::remove_file(&record.path(&self.folders.records()));
+        true
     }
 }
 
 fn started_before(instance: &Instance, epoch: Epoch) -> Result<Started, Problem> {
     let record = instance.record();
     match (record.phase, record.inventory) {
-        (Phase::Running, Some(inventory)) if record.epoch == epoch => {
+        // One that has just ended and is being cleaned up after does not run.
+        (Phase::Running, Some(inventory)) if record.epoch == epoch && instance.process().is_alive() => {
             Ok(Started { inventory, pid: instance.process().id().pid })
         }
-        _ => Err(Problem::new(
-            ErrorCode::VmAlreadyRunning,
-            format!("this host holds {} already, under epoch {}", record.spec.name, record.epoch.0),
-        )),
+        _ => Err(held_already(&instance.record())),
     }
+}
+
+fn held_already(record: &Record) -> Problem {
+    Problem::new(
+        ErrorCode::VmAlreadyRunning,
+        format!("this host holds {} already, under epoch {}", record.spec.name, record.epoch.0),
+    )
+}
+
+/// A failed start of which something may be left: its code must not read as "nothing of it is here".
+fn may_be_here(problem: &Problem) -> Problem {
+    let text = format!("the VM could not be started, and what was started of it cannot be ended: {problem}");
+    Problem::new(ErrorCode::VmAlreadyRunning, text).hint("restart the host daemon, which ends it")
 }
 
 fn check_file(file: &FileRef) -> Result<(), Problem> {
