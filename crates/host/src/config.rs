@@ -1,13 +1,15 @@
 //! The daemon's configuration: one TOML file; unknown keys are errors.
 
 use crate::error::{HostError, chain};
+use crate::vms::record::SLOT_BYTES_MAX;
 use serde::Deserialize;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use types::{ErrorCode, HostName, Problem};
 
-/// Longest path that a UNIX socket address holds, less the longest name that the daemon appends.
-const RUN_FOLDER_BYTES_MAX: usize = 108 - 40;
+/// Longest path that a UNIX socket address holds with its final zero, less what the daemon appends: a slot and the
+/// longest name of a socket in it.
+const RUN_FOLDER_BYTES_MAX: usize = 108 - 1 - "/".len() - SLOT_BYTES_MAX - "/stream".len();
 
 /// Configuration of `outrider host run`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]

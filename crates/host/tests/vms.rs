@@ -145,6 +145,49 @@ async fn orders_that_cross_start_one_qemu() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn vms_whose_ids_begin_alike_share_nothing() {
+    let Some(bench) = Bench::new("alike") else { return };
+    let vms = bench.vms();
+    let alike = VmSpec { uuid: "11111111-2222-3333-4444-666666666666".parse().unwrap(), ..spec() };
+    let first = vms.start(&spec(), Epoch(1)).await.unwrap();
+    let second = vms.start(&alike, Epoch(1)).await.unwrap();
+    assert_ne!(first.pid, second.pid);
+    vms.stop(alike.uuid, Epoch(1)).await.unwrap();
+    assert_eq!(bench.qemus(), [first.pid]);
+    assert_eq!(vms.running(spec().uuid).unwrap().status().await.unwrap(), "running");
+    vms.stop(spec().uuid, Epoch(1)).await.unwrap();
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_place_that_is_taken_is_left_alone() {
+    let Some(bench) = Bench::new("taken") else { return };
+    let vms = bench.vms();
+    let pid = vms.start(&spec(), Epoch(1)).await.unwrap().pid;
+    // A daemon that does not know of it.
+    let forgetful = bench.vms();
+    let refused = forgetful.start(&spec(), Epoch(1)).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::VmAlreadyRunning, "{refused}");
+    assert_eq!(bench.qemus(), [pid]);
+    assert_eq!(vms.running(spec().uuid).unwrap().status().await.unwrap(), "running");
+
+    // Another VM whose record names the tap that this one would get.
+    let mut json = serde_json::to_value(spec()).unwrap();
+    json["uuid"] = "31111111-2222-3333-4444-555555555555".into();
+    json["nics"] = serde_json::json!([{"mac": "52:54:00:00:00:01", "bridge": "nobridge"}]);
+    let networked: VmSpec = serde_json::from_value(json).unwrap();
+    let tap = outrider_host::qemu::tap::name(networked.uuid, Epoch(1), 0);
+    let mut owner = vms.running(spec().uuid).unwrap().record();
+    owner.taps = vec![tap];
+    owner.save(&bench.folder.path().join("s/vms")).unwrap();
+    let refused = vms.start(&networked, Epoch(1)).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::WrongState, "{refused}");
+    assert!(refused.detail.contains("a tap of"), "{refused}");
+    vms.stop(spec().uuid, Epoch(1)).await.unwrap();
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_target_waits_paused_and_is_killed_frozen() {
     let Some(bench) = Bench::new("target") else { return };
     let vms = bench.vms();

@@ -3,10 +3,14 @@
 use crate::error::HostError;
 use types::{ErrorCode, Problem};
 
-/// Name of a tap: `ot`, eight digits of the VM's id, epoch modulo 2^12, number of the interface; 15 bytes at most.
+/// Name of a tap: `ot` and 52 bits of a hash over the VM's id, the epoch and the number of the interface; the kernel
+/// takes 15 bytes.
 #[must_use]
 pub fn name(vm: types::VmId, epoch: types::Epoch, index: usize) -> String {
-    format!("ot{}{:03x}{index:x}", &hex::encode(vm.as_bytes())[..8], epoch.0 & 0xfff)
+    let mut hasher = blake3::Hasher::new_derive_key("outrider 2026 tap name");
+    hasher.update(vm.as_bytes()).update(&epoch.0.to_be_bytes()).update(&(index as u64).to_be_bytes());
+    let digits = hex::encode(&hasher.finalize().as_bytes()[..7]);
+    format!("ot{}", &digits[..13])
 }
 
 /// Makes a tap and puts it on a bridge.
@@ -62,4 +66,24 @@ async fn ip(arguments: &[&str]) -> Result<(), Problem> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(Problem::new(ErrorCode::Internal, format!("`ip {}` failed: {}", arguments.join(" "), said.trim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use types::{Epoch, VmId};
+
+    #[test]
+    fn names_differ_by_every_part_and_fit_the_kernel() {
+        let mut names = std::collections::BTreeSet::new();
+        for last in 0..4 {
+            let mut id = [7; 16];
+            id[15] = last;
+            for epoch in [1, 1 + (1 << 12), 1 + (1 << 32)] {
+                names.extend((0..8).map(|index| name(VmId::from_bytes(id), Epoch(epoch), index)));
+            }
+        }
+        assert_eq!(names.len(), 4 * 3 * 8);
+        assert!(names.iter().all(|name| name.len() == 15));
+    }
 }

@@ -239,7 +239,7 @@ impl Vms {
 
     fn draft(&self, spec: &VmSpec, epoch: Epoch, machine: String, phase: Phase) -> Record {
         Record {
-            slot: format!("{}-{}", &hex::encode(spec.uuid.as_bytes())[..8], epoch.0),
+            slot: record::slot(spec.uuid, epoch),
             spec: spec.clone(),
             epoch,
             machine,
@@ -252,6 +252,7 @@ impl Vms {
 
     /// Record first, then cgroup, folder, taps, process, monitor; undone in full when any of it fails.
     async fn launch(self: &Arc<Self>, mut record: Record, binary: &Binary) -> Result<Arc<Instance>, Problem> {
+        self.expect_free(&record)?;
         let (folder, group) = (self.folders.run.join(&record.slot), self.group.child(&record.slot));
         record.save(&self.folders.records()).map_err(|e| e.problem())?;
         let process = match self.spawn(&record, binary, &folder, &group).await {
@@ -272,6 +273,24 @@ impl Vms {
             Ok(()) => Ok(instance),
             Err(problem) => Err(self.undo(&instance, problem).await),
         }
+    }
+
+    /// Whether the place of a new QEMU is free: nothing may be overwritten or deleted that another one lives on.
+    fn expect_free(&self, record: &Record) -> Result<(), Problem> {
+        let taken = |text: String| Problem::new(ErrorCode::VmAlreadyRunning, text);
+        let folder = self.folders.records();
+        let path = record.path(&folder);
+        if self.lock().held.contains_key(&record.slot) || path.try_exists().unwrap_or(true) {
+            let text = format!("this host has a record of {} already: {}", record.spec.name, path.display());
+            return Err(taken(text).hint("restart the host daemon, which takes its QEMU back or cleans up"));
+        }
+        let others = Record::load_all(&folder).map_err(|e| taken(e.problem().detail))?;
+        if let Some(other) = others.iter().find(|o| o.taps.iter().any(|tap| record.taps.contains(tap))) {
+            let text =
+                format!("a tap of {} would have the name of one of {}", record.spec.name, other.spec.name);
+            return Err(Problem::new(ErrorCode::WrongState, text));
+        }
+        Ok(())
     }
 
     /// Ends what could not be started in full; says so if it can't be ended either.

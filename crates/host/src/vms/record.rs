@@ -7,7 +7,22 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use types::inventory::Inventory;
 use types::vm::VmSpec;
-use types::{Epoch, MigrationId};
+use types::{Epoch, MigrationId, VmId};
+
+/// Name of the folder, cgroup and record of a VM under an epoch. The whole id is in it: VMs whose ids begin alike
+/// must not share a QEMU's place. At most [`SLOT_BYTES_MAX`] bytes.
+#[must_use]
+pub fn slot(vm: VmId, epoch: Epoch) -> String {
+    format!("{}{:x}", slot_prefix(vm), epoch.0)
+}
+
+/// How the slots of a VM begin.
+pub(super) fn slot_prefix(vm: VmId) -> String {
+    format!("{}-", hex::encode(vm.as_bytes()))
+}
+
+/// Both ids in hexadecimal, and what separates them.
+pub const SLOT_BYTES_MAX: usize = 32 + 1 + 16;
 
 /// One QEMU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,5 +99,20 @@ impl Record {
         }
         records.sort_by(|a, b| a.slot.cmp(&b.slot));
         Ok(records)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_hold_all_of_both_ids() {
+        let vm = VmId::from_bytes([0xff; 16]);
+        assert_eq!(slot(vm, Epoch(u64::MAX)).len(), SLOT_BYTES_MAX);
+        let mut alike = [0xff; 16];
+        alike[15] = 0;
+        assert_ne!(slot(vm, Epoch(1)), slot(VmId::from_bytes(alike), Epoch(1)));
+        assert_ne!(slot(vm, Epoch(1)), slot(vm, Epoch(1 + (1 << 32))));
     }
 }
