@@ -166,6 +166,10 @@ async fn a_place_that_is_taken_is_left_alone() {
     let pid = vms.start(&spec(), Epoch(1)).await.unwrap().pid;
     // A daemon that does not know of it.
     let forgetful = bench.vms();
+    let refused = forgetful.stop(spec().uuid, Epoch(1)).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::VmAlreadyRunning, "{refused}");
+    let refused = forgetful.start(&spec(), Epoch(2)).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::VmAlreadyRunning, "{refused}");
     let refused = forgetful.start(&spec(), Epoch(1)).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::VmAlreadyRunning, "{refused}");
     assert_eq!(bench.qemus(), [pid]);
@@ -184,6 +188,33 @@ async fn a_place_that_is_taken_is_left_alone() {
     assert_eq!(refused.code, ErrorCode::WrongState, "{refused}");
     assert!(refused.detail.contains("a tap of"), "{refused}");
     vms.stop(spec().uuid, Epoch(1)).await.unwrap();
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_cannot_be_read_is_no_dead_vm() {
+    let Some(bench) = Bench::new("unreadable") else { return };
+    let first = bench.vms();
+    let pid = first.start(&spec(), Epoch(1)).await.unwrap().pid;
+    let record = first.running(spec().uuid).unwrap().record().path(&bench.folder.path().join("s/vms"));
+    let whole = std::fs::read(&record).unwrap();
+
+    let second = bench.vms();
+    std::fs::write(&record, &whole[..whole.len() / 2]).unwrap();
+    let refused = second.adopt().await.unwrap_err().problem();
+    assert_eq!(refused.code, ErrorCode::WrongState);
+    assert!(refused.detail.contains(record.to_str().unwrap()), "{refused}");
+    assert!(second.stop(spec().uuid, Epoch(1)).await.is_err());
+    // Not even without any record.
+    std::fs::remove_file(&record).unwrap();
+    let refused = second.stop(spec().uuid, Epoch(1)).await.unwrap_err();
+    assert!(refused.detail.contains(&pid.to_string()), "{refused}");
+    assert_eq!(second.start(&spec(), Epoch(2)).await.unwrap_err().code, ErrorCode::VmAlreadyRunning);
+
+    std::fs::write(&record, &whole).unwrap();
+    second.adopt().await.unwrap();
+    second.stop(spec().uuid, Epoch(1)).await.unwrap();
+    assert!(bench.qemus().is_empty());
     bench.nothing_is_left();
 }
 

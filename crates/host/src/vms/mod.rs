@@ -138,6 +138,7 @@ impl Vms {
     }
 
     async fn start_claimed(self: &Arc<Self>, spec: &VmSpec, epoch: Epoch) -> Result<Started, Problem> {
+        self.expect_nothing_of(spec.uuid)?;
         let binary = self.check(spec).await?;
         let machine = binary.machine(&spec.machine)?;
         let record = self.draft(spec, epoch, machine, Phase::Starting);
@@ -191,6 +192,7 @@ impl Vms {
         key: &HandoverKey,
         inventory: Inventory,
     ) -> Result<Arc<Instance>, Problem> {
+        self.expect_nothing_of(spec.uuid)?;
         let binary = self.check(spec).await?;
         let machine = binary.machine(&inventory.machine)?;
         let phase = Phase::Incoming { migration: key.migration };
@@ -385,9 +387,11 @@ impl Vms {
     /// Stops a VM for good. Repeating the order is harmless.
     ///
     /// # Errors
-    /// It is being started, is held under another epoch, or can't be ended.
+    /// It is being started, is held under another epoch, lives without being held, or can't be ended.
     pub async fn stop(&self, vm: VmId, epoch: Epoch) -> Result<(), Problem> {
-        let Some(instance) = self.lock().settled(vm)? else { return Ok(()) };
+        let Some(instance) = self.lock().settled(vm)? else {
+            return self.expect_nothing_of(vm);
+        };
         let held = instance.record().epoch;
         // A later epoch is the registry's right: an attempt that never reached this host burnt some.
         if epoch < held {
@@ -402,6 +406,31 @@ impl Vms {
         }
         instance.kill().await.map_err(|e| e.problem())?;
         self.gone(&instance).await;
+        Ok(())
+    }
+
+    /// What is not held may live all the same: no process may be left in any cgroup of the VM, nor by its records.
+    fn expect_nothing_of(&self, vm: VmId) -> Result<(), Problem> {
+        let here = |text: String| {
+            Problem::new(ErrorCode::VmAlreadyRunning, text)
+                .hint("restart the host daemon, which takes its QEMU back or ends it")
+        };
+        let mut records = Record::load_all(&self.folders.records()).map_err(|e| here(e.problem().detail))?;
+        records.retain(|record| record.spec.uuid == vm);
+        for record in &records {
+            let process = record.process.as_ref().map_or(Ok(None), Process::adopt);
+            if !matches!(process, Ok(None)) {
+                return Err(here(format!("a QEMU of {} that nobody holds lives here", record.spec.name)));
+            }
+        }
+        let prefix = record::slot_prefix(vm);
+        for group in self.group.children() {
+            let name = group.path().rsplit('/').next().unwrap_or_default();
+            let of_vm = name.starts_with(&prefix) || records.iter().any(|r| r.slot == name);
+            if of_vm && let [pid, ..] = group.processes()[..] {
+                return Err(here(format!("process {pid} is still in the VM's cgroup {}", group.path())));
+            }
+        }
         Ok(())
     }
 
@@ -428,7 +457,7 @@ impl Vms {
     /// After a restart: takes back every QEMU that lives, and cleans up after those that do not.
     ///
     /// # Errors
-    /// The records can't be read.
+    /// A record can't be read: then nobody can say which VMs live here, and the daemon must not.
     pub async fn adopt(self: &Arc<Self>) -> Result<(), HostError> {
         for record in Record::load_all(&self.folders.records())? {
             let process = match &record.process {

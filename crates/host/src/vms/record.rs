@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use types::inventory::Inventory;
 use types::vm::VmSpec;
-use types::{Epoch, MigrationId, VmId};
+use types::{Epoch, ErrorCode, MigrationId, Problem, VmId};
 
 /// Name of the folder, cgroup and record of a VM under an epoch. The whole id is in it: VMs whose ids begin alike
 /// must not share a QEMU's place. At most [`SLOT_BYTES_MAX`] bytes.
@@ -79,27 +79,39 @@ impl Record {
         write_durably(&path, &bytes)
     }
 
-    /// Every record in the folder; a file that can't be read is named in the log and left alone.
+    /// Every record in the folder. One that can't be read is an error: its QEMU may run, and a daemon that does not
+    /// know of it would say that nothing of the VM is here.
     ///
     /// # Errors
-    /// The folder can't be read.
+    /// The folder or a record can't be read.
     pub fn load_all(folder: &Path) -> Result<Vec<Self>, HostError> {
-        let files =
-            std::fs::read_dir(folder).map_err(|e| HostError::file("cannot read folder", folder, e))?;
+        let unlisted = |e| HostError::file("cannot read folder", folder, e);
         let mut records = Vec::new();
-        for file in files.flatten().map(|f| f.path()).filter(|p| p.extension().is_some_and(|e| e == "json")) {
-            let read = std::fs::read(&file)
-                .and_then(|bytes| serde_json::from_slice::<Self>(&bytes).map_err(std::io::Error::from));
-            match read {
-                Ok(record) => records.push(record),
-                Err(error) => {
-                    tracing::error!(path = %file.display(), %error, "cannot read the record of a VM")
-                }
+        for file in std::fs::read_dir(folder).map_err(unlisted)? {
+            let file = file.map_err(unlisted)?.path();
+            if file.extension().is_some_and(|e| e == "json") {
+                records.push(Self::load(&file).map_err(|e| unreadable(&file, &e))?);
             }
         }
         records.sort_by(|a, b| a.slot.cmp(&b.slot));
         Ok(records)
     }
+
+    fn load(file: &Path) -> std::io::Result<Self> {
+        let record: Self = serde_json::from_slice(&std::fs::read(file)?)?;
+        if file.file_stem().is_some_and(|stem| stem == record.slot.as_str()) {
+            return Ok(record);
+        }
+        Err(std::io::Error::other(format!("it is the record of {}", record.slot)))
+    }
+}
+
+fn unreadable(file: &Path, error: &std::io::Error) -> HostError {
+    let text =
+        format!("the record {} of a VM cannot be read: {error}; its QEMU may be running", file.display());
+    Problem::new(ErrorCode::WrongState, text)
+        .hint("restore the record, or end its QEMU (its cgroup has the record's name) and remove the record")
+        .into()
 }
 
 #[cfg(test)]
