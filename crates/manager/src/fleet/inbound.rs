@@ -7,7 +7,7 @@ use crate::migration::{events, gates, handover, reconcile};
 use crate::vms;
 use api::fleet::{AskRenounce, Hello, MigrationEvent, StatementStored, ToManager, to_host, to_manager};
 use engine::handover::RenunciationProof;
-use engine::handover::decider::Event;
+use engine::handover::decider::{Event, HandoverRow};
 use permit::SignatureError;
 use permit::{SignedStatement, VerifyingKey, statement};
 use registry::Tx;
@@ -191,9 +191,9 @@ async fn stated(
             }
         },
         other => {
-            let orders = apply(&mut tx, &signer, &key, other, digest, &signed).await?;
+            let applied = apply(&mut tx, &signer, &key, other, digest, &signed).await?;
             tx.commit().await?;
-            if orders.is_some() && signer == session.host {
+            if applied.is_some() && signer == session.host {
                 holds_since(session, other);
             }
             tracing::trace!(
@@ -201,10 +201,15 @@ async fn stated(
                 took_us = clock::now_us() - heard_us,
                 "statement"
             );
-            let taken = orders.is_some();
+            let taken = applied.is_some();
+            if let (Some((held, _)), Statement::AskRenounce(_), Some(_)) = (&applied, other, news)
+                && manager.fleet.is_current(session)
+            {
+                reconcile::relay_ask(manager, held, signed.as_bytes().to_vec());
+            }
             if let Some(key) = handover::key_of(other) {
                 // At once, inside the downtime; the reconciler repeats what gets lost.
-                for order in orders.unwrap_or_default() {
+                for order in applied.map(|(_, orders)| orders).unwrap_or_default() {
                     manager.hurry.end();
                     reconcile::send(manager, key.migration, order);
                 }
@@ -264,7 +269,7 @@ async fn apply(
     statement: &Statement,
     digest: Digest,
     signed: &SignedStatement,
-) -> Result<Option<Vec<handover::Addressed>>, Problem> {
+) -> Result<Option<(Box<HandoverRow>, Vec<handover::Addressed>)>, Problem> {
     let Some(attempt) = handover::key_of(statement) else { return Ok(None) };
     let row = tx.migration(attempt.migration).await?.ok_or_else(|| handover::unknown(attempt.migration))?;
     let permit = tx.permit(row.id).await?.ok_or_else(|| handover::unknown(row.id))?;
@@ -293,10 +298,8 @@ async fn apply(
         handover::Applied::Taken(held) => {
             let kind = handover::kind_of(statement);
             tx.add_statement(row.id, kind, signer, digest, signed.as_bytes()).await?;
-            if matches!(statement, Statement::AskRenounce(_)) {
-                handover::keep_ask(tx, row.id, signed.as_bytes()).await?;
-            }
-            Ok(Some(handover::orders(&held, &permit.claims.target.daemon_key)))
+            let orders = handover::orders(&held, &permit.claims.target.daemon_key);
+            Ok(Some((held, orders)))
         }
         handover::Applied::Refused(refusal) => {
             tracing::debug!(migration = %row.id, host = %signer, "statement refused: {refusal}");

@@ -72,6 +72,11 @@ impl Fleet {
         })
     }
 
+    /// Whether a session is the one that its host has now.
+    pub(crate) fn is_current(&self, session: &Arc<Session>) -> bool {
+        self.lock().get(&session.host).is_some_and(|s| Arc::ptr_eq(s, session))
+    }
+
     /// A host other than this one that says that it holds a copy of a VM.
     pub(crate) fn holder_beside(&self, vm: VmId, host: &HostName) -> Option<HostName> {
         self.lock().values().find(|s| s.host != *host && s.is_holding(vm)).map(|s| s.host.clone())

@@ -52,8 +52,6 @@ pub(crate) struct Facts {
     pub(crate) suspended_us: Option<i64>,
     /// Why it did not complete.
     pub(crate) problem: Option<Problem>,
-    /// The frozen source's signed ask for a renunciation, hexadecimal.
-    pub(crate) ask_renounce: Option<String>,
     /// By the source's monotonic clock.
     pub(crate) downtime_ms: Option<f64>,
     /// Its parts.

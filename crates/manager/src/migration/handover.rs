@@ -431,18 +431,6 @@ fn forget(row: &HandoverRow) -> to_host::Body {
     to_host::Body::Forget(Forget { migration: row.key.migration.to_string() })
 }
 
-/// Keeps the frozen source's signed ask, to be passed on to the target.
-///
-/// # Errors
-/// The registry fails.
-pub(crate) async fn keep_ask(tx: &mut Tx, id: MigrationId, token: &[u8]) -> Result<(), Problem> {
-    let mut row = tx.migration(id).await?.ok_or_else(|| unknown(id))?;
-    let mut facts = Facts::of(&row)?;
-    facts.ask_renounce = Some(hex::encode(token));
-    row.facts = facts.text();
-    Ok(tx.save_migration(&row).await?)
-}
-
 /// Remembers that a QEMU of the VM died while the migration was open: what the end makes of it is the end's affair.
 ///
 /// # Errors

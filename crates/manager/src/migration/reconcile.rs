@@ -179,7 +179,6 @@ async fn hand_over(
     for order in handover::orders(held, &target_key) {
         send(manager, row.id, order);
     }
-    relay_ask(manager, row, facts, held);
     Ok(Step::Wait(Duration::from_millis(RESEND_MS)))
 }
 
@@ -207,17 +206,27 @@ async fn target_key(manager: &Manager, row: &MigrationRow) -> Result<Vec<u8>, Pr
     Ok(permit.map(|p| p.claims.target.daemon_key).unwrap_or_default())
 }
 
-/// Passes the frozen source's signed ask on to the target until it is settled.
-fn relay_ask(manager: &Arc<Manager>, row: &MigrationRow, facts: &Facts, held: &HandoverRow) {
-    let RowState::Open(_) = held.state else { return };
-    let Some(token) = facts.ask_renounce.as_ref().and_then(|text| hex::decode(text).ok()) else { return };
+/// Passes the frozen source's signed ask on to the target: once for each time that the source says it. It is never
+/// kept: it holds only while the source has its copy, which is known only from the source still asking.
+pub(crate) fn relay_ask(manager: &Arc<Manager>, held: &HandoverRow, token: Vec<u8>) {
+    let (RowState::Open(_), Some(session)) = (&held.state, manager.fleet.session(&held.target)) else {
+        return;
+    };
+    let id = held.key.migration;
+    if !manager.watch.may_send(id, (Side::Target, "renounce"), Duration::from_millis(RESEND_MS / 2)) {
+        return;
+    }
     let order = Renounce {
         key_json: serde_json::to_string(&held.key).unwrap_or_default(),
         reason: "the frozen source asks for it".to_owned(),
         request: token,
     };
-    let body = to_host::Body::Renounce(order);
-    send(manager, row.id, Addressed { side: Side::Target, host: row.target.clone(), body });
+    manager.tasks.spawn(async move {
+        let answer = session.order(to_host::Body::Renounce(order), Duration::from_millis(RESEND_MS)).await;
+        if let Err(problem) = answer {
+            tracing::debug!(migration = %id, "the ask to renounce was not taken: {problem}");
+        }
+    });
 }
 
 /// What took too long, if anything. Never past the commit: only open rows come here.

@@ -258,6 +258,34 @@ async fn terminate_after_the_source_s_vote_waits_for_the_renunciation() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_ask_to_renounce_is_passed_on_only_while_the_source_asks() {
+    let p = pair().await;
+    p.manners(|m| m.target_votes = false);
+    p.b.manners.lock().unwrap().ignores = vec!["abort"];
+    let m = p.world.migrate("vm", "host-b").await;
+    p.world
+        .until("the vote is in", async || {
+            p.world.get(&format!("/v1/migrations/{m}")).await["digests"]["source"].is_string()
+        })
+        .await;
+    p.world.ok(&format!("/v1/migrations/{m}/terminate"), &json!({})).await;
+    p.saw(&p.b, "renounce").await;
+    p.a.vanish();
+    p.world
+        .until("the source is lost", async || p.world.get("/v1/hosts/host-a").await["state"] == "lost")
+        .await;
+    let count = |kind: &str| p.b.seen.lock().unwrap().iter().filter(|k| **k == kind).count();
+    let (asks, aborts) = (count("renounce"), count("abort"));
+    // The manager goes on with what the row says.
+    p.world.until("the abort is repeated", async || count("abort") >= aborts + 3).await;
+    assert_eq!(count("renounce"), asks, "nobody holds a copy that would be freed");
+    p.a.attach();
+    p.b.manners.lock().unwrap().ignores.clear();
+    assert_eq!(p.world.ended(&m).await["state"], "terminated");
+    p.world.check_settled(p.vm, "host-a").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_finding_of_the_inspector_terminates() {
     let p = pair().await;
     p.manners(|m| m.flows = false);
@@ -302,9 +330,10 @@ async fn a_signed_request_is_good_once_also_after_a_restart() {
     p.world.kill();
     p.world.start();
     p.world.until("a is back", async || p.world.get("/v1/hosts/host-a").await["state"] == "connected").await;
-    p.a.replay_request().await;
     p.world
         .until("the replay is on record", async || {
+            // The manager shows it as connected a moment before it can send.
+            p.a.replay_request().await;
             let audit = p.world.get("/v1/audit").await;
             let refused = |e: &Value| {
                 e["action"] == "migration.request-refused" && e["detail"]["code"] == "replayed-request"
