@@ -16,8 +16,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
 use types::handover::{Side, Statement};
-use types::{HandoverKey, HostName, MigrationId, Nonce};
+use types::{ErrorCode, HandoverKey, HostName, MigrationId, Nonce, Problem};
 
 /// A permit follows its agents within seconds, and is good for a minute.
 const IDLE_AGENT_LIFE: Duration = Duration::from_secs(120);
@@ -33,6 +34,8 @@ pub struct Daemon {
     pub permit_keys: Mutex<KeyRing>,
     /// Written before acts.
     pub journal: Mutex<JournalStore>,
+    /// Set when the daemon can't go on: its supervisor restarts it, and QEMUs survive that.
+    pub broken: watch::Sender<Option<Problem>>,
     /// The VMs.
     pub vms: Arc<Vms>,
     /// Starts VM agents.
@@ -143,9 +146,23 @@ impl Daemon {
     /// It is not durable; the step that it announces must not be taken.
     pub async fn journal(self: &Arc<Self>, entry: Entry) -> Result<(), JournalError> {
         let daemon = self.clone();
-        tokio::task::spawn_blocking(move || lock(&daemon.journal).append(entry))
+        let written = tokio::task::spawn_blocking(move || lock(&daemon.journal).append(entry))
             .await
-            .expect("appending does not panic, and is not cancelled while the daemon lives")
+            .expect("appending does not panic, and is not cancelled while the daemon lives");
+        if let Err(error @ JournalError::Damaged { .. }) = &written {
+            self.broken.send_replace(Some(Problem::new(ErrorCode::WrongState, chain(error))));
+        }
+        written
+    }
+
+    /// Waits until the daemon can't go on.
+    pub async fn broke(&self) -> Problem {
+        let mut broken = self.broken.subscribe();
+        match broken.wait_for(Option::is_some).await.map(|problem| problem.clone()) {
+            Ok(Some(problem)) => problem,
+            // The sender lives as long as this.
+            _ => std::future::pending().await,
+        }
     }
 
     /// Signs a statement and queues it for the manager; gives the token.

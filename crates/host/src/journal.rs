@@ -75,8 +75,8 @@ pub enum JournalError {
         #[source]
         source: std::io::Error,
     },
-    /// An earlier write left it in an unknown state; a restart reads it afresh.
-    #[error("the journal {} is closed after a failed write: {detail}; restart the daemon", path.display())]
+    /// An earlier write left it in an unknown state, and it could not be read afresh yet; the next append tries again.
+    #[error("the journal {} is closed after a failed write, and cannot be reopened: {detail}", path.display())]
     Poisoned {
         /// The file.
         path: PathBuf,
@@ -171,6 +171,7 @@ impl Journal {
     /// # Errors
     /// It is not durable, and the step that it announces must not be taken.
     pub fn append(&mut self, entry: &Entry, at_unix_us: u64) -> Result<(), JournalError> {
+        self.heal()?;
         let reserved = self.reserve();
         if opens(entry) {
             reserved.map_err(|e| self.refused(e))?;
@@ -196,9 +197,6 @@ impl Journal {
     }
 
     fn append_record(&mut self, record: &Record) -> Result<(), JournalError> {
-        if let Some(detail) = &self.poisoned {
-            return Err(JournalError::Poisoned { path: self.path.clone(), detail: detail.clone() });
-        }
         let payload = serde_json::to_vec(record).map_err(|e| self.refused(e.into()))?;
         let hash = chain::append(&self.head, self.sequence, &payload);
         let seal = document::sign(&self.key, DocumentKind::JournalEntry, &(self.sequence, hash))
@@ -221,6 +219,44 @@ impl Journal {
         self.sequence += 1;
         self.end += bytes.len() as u64;
         Ok(())
+    }
+
+    /// After a failed write: opens the file again, cuts what was not acknowledged (no step was taken on it), and reads
+    /// the rest from the disk with the checks of [`Self::open`]. It must be what this daemon wrote, to the last record.
+    fn heal(&mut self) -> Result<(), JournalError> {
+        let Some(detail) = self.poisoned.clone() else { return Ok(()) };
+        let bytes = self.reread().map_err(|error| JournalError::Poisoned {
+            path: self.path.clone(),
+            detail: format!("{detail}; then: {error}"),
+        })?;
+        let scan = Scan::of(&bytes, &self.path, &self.key)?;
+        if (scan.id, scan.sequence, scan.head, scan.end)
+            != (Some(self.id), self.sequence, self.head, self.end)
+        {
+            return Err(JournalError::Damaged {
+                path: self.path.clone(),
+                offset: scan.end,
+                sequence: scan.sequence,
+                detail: "records that were made durable are gone".to_owned(),
+            });
+        }
+        tracing::warn!(path = %self.path.display(), detail, "the journal is open again after a failed write");
+        self.poisoned = None;
+        Ok(())
+    }
+
+    fn reread(&mut self) -> std::io::Result<Vec<u8>> {
+        let mut file = OpenOptions::new().read(true).append(true).open(&self.path)?;
+        if file.metadata()?.len() > self.end {
+            file.set_len(self.end)?;
+        }
+        file.sync_all()?;
+        // A page that could not be written stays in memory as if it had been: read what the disk holds.
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        self.file = file;
+        Ok(bytes)
     }
 
     fn cut(&mut self) -> std::io::Result<()> {
@@ -444,6 +480,42 @@ mod tests {
         std::fs::write(&path, &three).unwrap();
         let other = Journal::open(&path, key(1), Nonce::from_bytes([2; 16]));
         assert!(matches!(other, Err(JournalError::Damaged { .. })));
+    }
+
+    #[test]
+    fn a_failed_write_closes_it_only_until_it_can_be_read_afresh() {
+        let (_folder, path, _) = written(0);
+        let (mut journal, _) = open(&path, 2).unwrap();
+        journal.append(&entry(0), 1).unwrap();
+        // Writes fail, and what was written cannot be cut.
+        journal.file = OpenOptions::new().read(true).write(true).open("/dev/full").unwrap();
+        assert!(matches!(journal.append(&entry(1), 1), Err(JournalError::Write { .. })));
+        assert!(journal.poisoned.is_some());
+        // A record that was written but never acknowledged: nobody acted on it.
+        let (_f, _p, longer) = written(2);
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, [&whole[..], &longer[..300]].concat()).unwrap();
+        journal.append(&entry(2), 1).unwrap();
+        journal.append(&entry(3), 1).unwrap();
+        assert_eq!(open(&path, 2).unwrap().1, [entry(0), entry(2), entry(3)]);
+    }
+
+    #[test]
+    fn a_failed_write_that_lost_a_record_is_damage() {
+        let (_folder, path, whole) = written(2);
+        let (mut journal, _) = open(&path, 2).unwrap();
+        let (_f, _p, shorter) = written(1);
+        journal.poisoned = Some("the disk failed".to_owned());
+        std::fs::rename(&path, path.with_extension("away")).unwrap();
+        assert!(
+            matches!(journal.append(&entry(3), 1), Err(JournalError::Poisoned { .. })),
+            "tried again later"
+        );
+        std::fs::write(&path, &whole[..shorter.len()]).unwrap();
+        assert!(matches!(journal.append(&entry(3), 1), Err(JournalError::Damaged { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), &whole[..shorter.len()], "nothing is written to it");
+        std::fs::write(&path, &whole).unwrap();
+        journal.append(&entry(3), 1).unwrap();
     }
 
     /// A file system of that size; `None` where none can be mounted.

@@ -61,13 +61,13 @@ use crate::vms::instance::Instance;
 use crate::vms::{Settings, Vms};
 use api::fleet::{VmEvent, to_manager};
 use std::sync::{Arc, Mutex};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use types::{ErrorCode, Problem};
 
 /// Runs the daemon until `shutdown`. QEMUs run on afterwards, and are adopted by the next start.
 ///
 /// # Errors
-/// The host has not joined, its journal is damaged, another daemon uses its folder, or a folder can't be used.
+/// The host has not joined, its journal is damaged (also while it runs), a VM's record can't be read, another daemon uses its folder, or a folder can't be used.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> Result<(), Problem> {
     config.check()?;
     let identity = IdentityFolder::new(&config.state_folder).load()?;
@@ -93,16 +93,17 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     let sampler = meter.clone();
     let keeper = SessionKeeper::new(daemon.clone(), identity, &config, meter, migrations);
     tracing::info!(host = %daemon.name, vms = daemon.vms.all().len(), "host daemon runs");
-    tokio::select! {
-        () = shutdown => {}
-        () = keeper.keep() => {}
-        () = sampler.sample() => {}
-        () = tell_ends(daemon.clone(), ended) => {}
-    }
+    let ended = tokio::select! {
+        () = shutdown => Ok(()),
+        () = keeper.keep() => Ok(()),
+        () = sampler.sample() => Ok(()),
+        () = tell_ends(daemon.clone(), ended) => Ok(()),
+        problem = daemon.broke() => Err(problem),
+    };
     daemon.spawner.end_spare().await;
     // Agents end with this process's sockets; a source that is not frozen then resumes by itself.
     tracing::info!("host daemon ends; VMs run on");
-    Ok(())
+    ended
 }
 
 fn assemble(
@@ -134,6 +135,7 @@ fn assemble(
         key: identity.signing.clone(),
         permit_keys: Mutex::new(identity.joined.key_ring()),
         journal: Mutex::new(JournalStore::new(journal, entries)),
+        broken: watch::Sender::new(None),
         vms,
         spawner: AgentSpawner::new(
             config.agent_binary.clone(),
