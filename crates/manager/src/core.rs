@@ -9,12 +9,12 @@ use crate::fleet::Fleet;
 use crate::policy::Policy;
 use registry::{Registry, RegistryError, Tx};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use types::{MigrationId, Name, Side};
+use types::{ErrorCode, MigrationId, Name, Problem, Side};
 
 /// The manager's shared parts.
 pub(crate) struct Manager {
@@ -28,6 +28,8 @@ pub(crate) struct Manager {
     pub(crate) hurry: Hurry,
     pub(crate) ordered: Ordered,
     pub(crate) anchor: Anchor,
+    /// Why the registry is not known to hold everything that it ever said, if so (H10).
+    pub(crate) forgetful: OnceLock<String>,
     /// When this process started, microseconds since the Unix epoch.
     pub(crate) started_us: i64,
     /// `host:port` that join tokens carry.
@@ -40,6 +42,19 @@ impl Manager {
     /// As whom the manager itself acts in the audit log.
     pub(crate) fn actor(&self) -> String {
         format!("manager/{}", self.config.name)
+    }
+
+    /// Refuses what must not be decided by a registry that may have forgotten: grants, and starts of VMs.
+    ///
+    /// # Errors
+    /// `audit-broken`.
+    pub(crate) fn must_remember(&self) -> Result<(), Problem> {
+        let Some(why) = self.forgetful.get() else { return Ok(()) };
+        let detail = format!("the registry may be older than what it has said: {why}");
+        Err(Problem::new(ErrorCode::AuditBroken, detail).hint(
+            "restore a current registry.db and restart the manager; or, if what is lost is known and no VM can run \
+             twice, remove audit.anchor from its state folder and restart it. VMs that run are not touched",
+        ))
     }
 
     /// Begins a writing transaction now.

@@ -120,6 +120,7 @@ pub async fn run_with(
         hurry: Hurry::default(),
         ordered: Ordered::default(),
         anchor: Anchor::open(&state),
+        forgetful: std::sync::OnceLock::new(),
         started_us: clock::now_us(),
         advertised,
         shutdown: CancellationToken::new(),
@@ -165,8 +166,10 @@ async fn recovered(manager: &Arc<Manager>) -> Result<(), Problem> {
     match verdict {
         registry::AuditVerdict::Whole { entries, head } => manager.anchor.advance(entries, head),
         registry::AuditVerdict::Broken { first_bad, detail, .. } => {
-            // It goes on: VMs must be recoverable whatever was done to the log; every verification says so.
+            // It goes on: VMs must be recoverable whatever was done to the log. But it decides nothing new.
             tracing::error!(first_bad, "the audit log is broken: {detail}");
+            migration::handover::distrust(manager, &detail).await?;
+            manager.forgetful.get_or_init(|| format!("audit entry {first_bad}: {detail}"));
         }
     }
     let open = manager.registry.read("recover").await?.open_migrations().await?.len();
@@ -244,6 +247,10 @@ async fn keep_house(manager: &Manager) {
 }
 
 async fn note_anchor(manager: &Manager) {
+    // What proves that the registry was set back must not be overtaken by what is appended to it since.
+    if manager.forgetful.get().is_some() {
+        return;
+    }
     let head = async { manager.registry.read("anchor").await?.audit_head().await };
     match head.await {
         Ok((sequence, hash)) if sequence > 0 => manager.anchor.advance(sequence, hash),

@@ -79,6 +79,7 @@ async fn started(
     name: &Name,
     host: &HostName,
 ) -> Result<VmView, Problem> {
+    manager.must_remember()?;
     let session = manager.fleet.require(host)?;
     let _ordering = ordering(manager, name)?;
     let start = place(manager, caller, name, host).await?;

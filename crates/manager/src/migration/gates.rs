@@ -104,6 +104,7 @@ impl Grounds {
 /// # Errors
 /// The refusal.
 pub(crate) async fn decide(manager: &Arc<Manager>, row: &MigrationRow) -> Result<(), Problem> {
+    manager.must_remember()?;
     let facts = Facts::of(row)?;
     let grounds = Grounds::read(&mut manager.registry.read("grounds of a decision").await?, row).await?;
     grounds.location()?;

@@ -5,7 +5,9 @@ use crate::core::Manager;
 use crate::migration::facts::problem_of;
 use crate::migration::{Facts, request};
 use api::fleet::{Abort, Commit, Fenced, Forget, Present, Release, Renounced, Void, to_host};
-use engine::handover::decider::{self, Decision, Event, HandoverRow, Move, Order, Outcome, Place, RowState};
+use engine::handover::decider::{
+    self, Continuity, Decision, Event, HandoverRow, Move, Order, Outcome, Place, RowState,
+};
 use engine::handover::{Resolution, source, target};
 use registry::{Location, MigrationRow, RegistryError, Tx};
 use serde_json::{Value, json};
@@ -33,6 +35,25 @@ pub(crate) fn read(row: &MigrationRow) -> Result<Option<HandoverRow>, RegistryEr
             .map_err(|e| RegistryError::Malformed { what: "handover", detail: e.to_string() })
     };
     row.handover.as_ref().map(parse).transpose()
+}
+
+/// The registry may have forgotten what it said: no open hand-over is decided by what it remembers any more (H10).
+///
+/// # Errors
+/// The registry fails; then nothing of it happened.
+pub(crate) async fn distrust(manager: &Manager, why: &str) -> Result<(), Problem> {
+    let mut tx = manager.begin("distrust the registry").await?;
+    let mut distrusted = Vec::new();
+    for mut row in tx.open_migrations().await? {
+        let Some(mut held) = read(&row)? else { continue };
+        held.continuity = Continuity::Unproven;
+        row.handover = Some(text(&held));
+        tx.save_migration(&row).await?;
+        distrusted.push(row.id);
+    }
+    let detail = json!({ "why": why, "migrations": distrusted });
+    tx.audit(&manager.actor(), "registry.distrust", manager.config.name.as_str(), detail).await?;
+    Ok(tx.commit().await?)
 }
 
 /// What applying an event came to.

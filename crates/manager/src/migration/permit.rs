@@ -4,7 +4,8 @@ use crate::clock;
 use crate::config::Config;
 use crate::core::Manager;
 use crate::migration::Facts;
-use engine::handover::{Attempt, decider::HandoverRow};
+use engine::handover::Attempt;
+use engine::handover::decider::{Continuity, HandoverRow, Open, RowState};
 use registry::{MigrationRow, VmRow};
 use types::permit::{HostPart, PermitClaims, StreamFeatures};
 use types::{Digest, ErrorCode, HandoverKey, Nonce, Problem};
@@ -72,7 +73,14 @@ pub(crate) async fn sign(manager: &Manager, row: &MigrationRow) -> Result<(), Pr
         let now_us = clock::now_us();
         facts.permit_us = Some(now_us);
         facts.permit_decision_ms = facts.request_us.map(|from| clock::between_ms(from, now_us));
-        row.handover = Some(super::handover::text(&HandoverRow::new(&attempt)));
+        let mut fresh = HandoverRow::new(&attempt);
+        if let Err(problem) = manager.must_remember() {
+            // It may have been signed, and come to something, before: both sides say so, and nothing new begins.
+            let abort = Some(super::facts::reason_of(&problem));
+            fresh.continuity = Continuity::Unproven;
+            fresh.state = RowState::Open(Open { abort, ..Open::default() });
+        }
+        row.handover = Some(super::handover::text(&fresh));
         row.facts = facts.text();
         tx.save_migration(&row).await?;
     }

@@ -29,6 +29,7 @@ pub(crate) async fn accept(
     request: &Migrate,
 ) -> Result<MigrationId, Problem> {
     fresh(request.timestamp_unix_ms)?;
+    manager.must_remember()?;
     let mut tx = manager.begin("request a migration").await?;
     if !tx.use_nonce(request.nonce, &caller.principal.name).await? {
         return Err(replayed(request.nonce));

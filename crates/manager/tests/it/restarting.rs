@@ -2,7 +2,8 @@
 //! copy runs in the end, never two, nothing is left over, and the audit log is whole.
 
 use crate::fake_host::FakeHost;
-use crate::world::World;
+use crate::world::{World, intent, vm_spec};
+use serde_json::json;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -119,4 +120,53 @@ async fn a_manager_killed_at_any_step_goes_on_where_the_rows_stand() {
         assert!(step < 60, "a migration has not so many steps");
     }
     assert!(step >= 10, "only {step} steps were seen");
+}
+
+/// The database is put back to an older one under the anchor: what it remembers decides nothing any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_was_set_back_grants_and_starts_nothing_new() {
+    let world = World::new();
+    let (a, _b) = (world.host("host-a").await, world.host("host-b").await);
+    let vm = world.vm("vm", 1, "host-a").await;
+    a.manners.lock().unwrap().flows = false;
+    let m = world.migrate("vm", "host-b").await;
+    let path = format!("/v1/migrations/{m}");
+    world.until("it flows", async || world.get(&path).await["state"] == "memory-transfer").await;
+    let (registry, backup) = (world.state().join("registry.db"), world.state().join("backup.db"));
+    tokio::task::block_in_place(|| world.end()).unwrap();
+    std::fs::copy(&registry, &backup).unwrap();
+    tokio::task::block_in_place(|| world.start());
+    world.ok("/v1/vms", &vm_spec("other", 2)).await;
+    tokio::task::block_in_place(|| world.end()).unwrap();
+    for ending in ["-wal", "-shm"] {
+        drop(std::fs::remove_file(world.state().join(format!("registry.db{ending}"))));
+    }
+    std::fs::copy(&backup, &registry).unwrap();
+    let anchor = std::fs::read(world.state().join("audit.anchor")).unwrap();
+
+    // It stays so over restarts, however much is appended meanwhile.
+    for _ in 0..2 {
+        tokio::task::block_in_place(|| world.start());
+        world.until("a is back", async || world.get("/v1/hosts/host-a").await["state"] == "connected").await;
+        let answer = world.post("/v1/migrations", &intent("vm", "host-b")).await;
+        assert_eq!(answer.code(), "audit-broken", "{}", answer.body);
+        assert!(answer.body["hint"].as_str().unwrap().contains("audit.anchor"), "{}", answer.body);
+        let answer = world.post("/v1/vms/vm/start", &json!({ "host": "host-b" })).await;
+        assert_eq!(answer.code(), "audit-broken", "{}", answer.body);
+        let audit = world.get("/v1/audit").await;
+        let distrust =
+            audit.as_array().unwrap().iter().rfind(|e| e["action"] == "registry.distrust").cloned();
+        assert_eq!(distrust.unwrap()["detail"]["migrations"], json!([m]));
+        assert_eq!(world.physical.lock().unwrap().on(vm), ["host-a"], "what runs is left alone");
+        tokio::task::block_in_place(|| world.end()).unwrap();
+        assert_eq!(std::fs::read(world.state().join("audit.anchor")).unwrap(), anchor);
+    }
+    // The operator's deliberate word.
+    std::fs::remove_file(world.state().join("audit.anchor")).unwrap();
+    tokio::task::block_in_place(|| world.start());
+    world.until("a is back", async || world.get("/v1/hosts/host-a").await["state"] == "connected").await;
+    assert_eq!(
+        world.post("/v1/vms/vm/start", &json!({ "host": "host-b" })).await.code(),
+        "vm-already-running"
+    );
 }
