@@ -46,6 +46,8 @@ pub(crate) struct Facts {
     pub(crate) released_us: Option<i64>,
     /// An abort was asked for.
     pub(crate) abort_us: Option<i64>,
+    /// Both votes were in and an abort was wanted: from then on the source may be silent for so long.
+    pub(crate) awaits_source_us: Option<i64>,
     /// The host on which the VM's QEMU died by itself meanwhile.
     pub(crate) died_on: Option<String>,
     /// When the migration was suspended.

@@ -289,6 +289,9 @@ fn note(facts: &mut Facts, event: &Event, after: &HandoverRow, now_us: i64) {
     if digests.source.is_some() || digests.target.is_some() {
         facts.digests = Some(digests);
     }
+    if after.awaits_source() {
+        facts.awaits_source_us.get_or_insert(now_us);
+    }
     match &after.state {
         RowState::Open(open) => {
             if let Some(reason) = &open.abort {
@@ -464,4 +467,50 @@ pub(crate) async fn note_death(tx: &mut Tx, mut row: MigrationRow, host: &HostNa
     let detail = json!({ "migration": row.id });
     tx.audit(&format!("host/{host}"), "vm.died", row.vm_name.as_str(), detail).await?;
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use types::handover::{AbortReason, SourceVote, StreamEvidence, TargetVote};
+    use types::{Digest, Epoch, Nonce, VmId};
+
+    #[test]
+    fn the_source_s_silence_counts_from_when_it_is_awaited() {
+        let key = HandoverKey {
+            migration: MigrationId::from_bytes([1; 16]),
+            vm: VmId::from_bytes([2; 16]),
+            source_epoch: Epoch(3),
+            target_epoch: Epoch(4),
+        };
+        let permit = Digest::of(b"permit");
+        let mut row = HandoverRow {
+            key,
+            permit,
+            source: "a".parse().unwrap(),
+            target: "b".parse().unwrap(),
+            target_journal: Nonce::from_bytes([5; 16]),
+            continuity: Continuity::Proven,
+            state: RowState::Open(decider::Open::default()),
+        };
+        let evidence = StreamEvidence { stream_bytes: 1, digest: Digest::of(b"stream") };
+        let reason = AbortReason { code: ErrorCode::Terminated, detail: String::new() };
+        let frozen = SourceVote { key, permit, evidence, prior: PriorRunState::Running };
+        let prepared = TargetVote { key, permit, evidence };
+        let said = |from, statement| Event::Statement { from, statement };
+        let events = [
+            (10, Event::AbortRequested(reason.clone())),
+            (20, said(Side::Source, Statement::Frozen(frozen))),
+            (30, said(Side::Target, Statement::Prepared(prepared))),
+            (40, Event::AbortRequested(reason)),
+        ];
+        let mut facts = Facts::default();
+        for (at_us, event) in events {
+            assert_eq!(facts.awaits_source_us, (at_us > 30).then_some(30));
+            row = decider::decide(&row, event.clone()).unwrap().row;
+            note(&mut facts, &event, &row, at_us);
+        }
+        assert_eq!((facts.abort_us, facts.awaits_source_us), (Some(10), Some(30)));
+    }
 }

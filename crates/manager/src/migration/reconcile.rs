@@ -171,7 +171,7 @@ async fn hand_over(
         return Ok(Step::Again);
     }
     let silence_us = i64::try_from(SOURCE_SILENCE_MS * 1_000).unwrap_or(i64::MAX);
-    if held.awaits_source() && facts.abort_us.is_some_and(|at| clock::now_us() - at > silence_us) {
+    if held.awaits_source() && facts.awaits_source_us.is_some_and(|at| clock::now_us() - at > silence_us) {
         handover::apply(manager, &manager.actor(), row.id, Event::SourceSilent).await?;
         return Ok(Step::Again);
     }

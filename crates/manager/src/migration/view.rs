@@ -178,7 +178,7 @@ fn aborting(row: &MigrationRow, facts: &Facts, held: Option<&HandoverRow>) -> (S
     let what = format!("{} to renounce (signed); until then the source stays frozen", row.target);
     let both = held.is_some_and(HandoverRow::awaits_source);
     let silence_us = i64::try_from(SOURCE_SILENCE_MS * 1_000).unwrap_or(i64::MAX);
-    let at = facts.abort_us.filter(|_| both).map(|at| at + silence_us);
+    let at = facts.awaits_source_us.filter(|_| both).map(|at| at + silence_us);
     (what, at.and_then(|at| next("both have voted: without a renunciation it is committed", at)))
 }
 
