@@ -14,7 +14,7 @@ use crate::vms::record::Phase;
 use api::fleet::fleet_client::FleetClient;
 use api::fleet::{Heartbeat, Hello, JoinRequest, RunningVm, ToManager, Welcome, to_host, to_manager};
 use link::control::connect_manager;
-use link::identity::{IdentityKey, TlsIdentity};
+use link::identity::{IdentityKey, LiveIdentity, TlsIdentity};
 use permit::VerifyingKey;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -33,6 +33,8 @@ const STREAM_MESSAGES: usize = 64;
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 /// Heartbeats until the manager says how often it wants them.
 const HEARTBEAT_DEFAULT: Duration = Duration::from_secs(1);
+/// A manager that takes longer to issue a certificate is asked again at the next look.
+const RENEWAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the expiry of the certificate is looked at.
 const RENEWAL_CHECK: Duration = Duration::from_secs(60);
 
@@ -41,7 +43,9 @@ const RENEWAL_CHECK: Duration = Duration::from_secs(60);
 pub struct SessionKeeper {
     daemon: Arc<Daemon>,
     identity: HostIdentity,
-    folder: IdentityFolder,
+    renewer: Renewer,
+    /// One at a time, also across sessions: two would mix their files.
+    renewal: Option<tokio::task::JoinHandle<()>>,
     manager: String,
     meter: LoadMeter,
     migrations: Arc<Migrations>,
@@ -60,8 +64,14 @@ impl SessionKeeper {
     ) -> Self {
         let manager = config.manager.clone().unwrap_or_else(|| identity.joined.manager.clone());
         let orders = Orders::new(daemon.clone(), migrations.clone(), meter.clone());
-        let folder = IdentityFolder::new(&config.state_folder);
-        Self { daemon, identity, folder, manager, meter, migrations, orders }
+        let renewer = Renewer {
+            daemon: daemon.clone(),
+            tls: identity.tls.clone(),
+            ca_pem: identity.ca.pem().to_owned(),
+            folder: IdentityFolder::new(&config.state_folder),
+            manager: manager.clone(),
+        };
+        Self { daemon, identity, renewer, renewal: None, manager, meter, migrations, orders }
     }
 
     /// Connects, serves, and connects again; never ends.
@@ -88,7 +98,6 @@ impl SessionKeeper {
             .await
             .map_err(|e| link_problem(&e))?;
         let mut client = client(connection).await?;
-        self.renew_when_due(&mut client).await;
         self.daemon.outbox.forget_replies();
         let (sender, receiver) = mpsc::channel(STREAM_MESSAGES);
         let hello = to_manager::Body::Hello(self.hello().await?);
@@ -102,12 +111,13 @@ impl SessionKeeper {
         let (periods, period) = watch::channel((HEARTBEAT_DEFAULT, HEARTBEAT_DEFAULT));
         let pump = pump(self.daemon.clone(), self.migrations.clone(), self.meter.clone(), sender, period);
         let mut pump = std::pin::pin!(pump);
+        // At once, then now and then.
         let mut renewal = tokio::time::interval(RENEWAL_CHECK);
         loop {
             let message = tokio::select! {
                 () = &mut pump => return Ok(()),
                 _ = renewal.tick() => {
-                    self.renew_when_due(&mut client).await;
+                    self.renew_when_due(&client);
                     continue;
                 }
                 message = incoming.next() => message,
@@ -171,18 +181,35 @@ impl SessionKeeper {
         self.migrations.manager_contact();
     }
 
-    /// A certificate whose half-life is over is exchanged for a fresh one, on the strength of the old.
-    async fn renew_when_due(&mut self, client: &mut FleetClient<Channel>) {
-        if !self.identity.tls.current().needs_renewal(SystemTime::now()) {
+    /// A certificate whose half-life is over is exchanged for a fresh one, on the strength of the old; beside the
+    /// session, whose orders and votes do not wait for it.
+    fn renew_when_due(&mut self, client: &FleetClient<Channel>) {
+        let under_way = self.renewal.as_ref().is_some_and(|task| !task.is_finished());
+        if under_way || !self.identity.tls.current().needs_renewal(SystemTime::now()) {
             return;
         }
-        match self.renew(client).await {
-            Ok(()) => tracing::info!("certificate renewed"),
-            Err(problem) => tracing::warn!(%problem, "the certificate could not be renewed"),
-        }
+        let (renewer, mut client) = (self.renewer.clone(), client.clone());
+        self.renewal = Some(tokio::spawn(async move {
+            match renewer.renew(&mut client).await {
+                Ok(()) => tracing::info!("certificate renewed"),
+                Err(problem) => tracing::warn!(%problem, "the certificate could not be renewed"),
+            }
+        }));
     }
+}
 
-    async fn renew(&mut self, client: &mut FleetClient<Channel>) -> Result<(), Problem> {
+/// What a renewal needs.
+#[derive(Debug, Clone)]
+struct Renewer {
+    daemon: Arc<Daemon>,
+    tls: LiveIdentity,
+    ca_pem: String,
+    folder: IdentityFolder,
+    manager: String,
+}
+
+impl Renewer {
+    async fn renew(&self, client: &mut FleetClient<Channel>) -> Result<(), Problem> {
         let internal = |text: String| Problem::new(ErrorCode::Internal, text);
         let key = IdentityKey::generate().map_err(|e| internal(chain(&e)))?;
         let journal = lock(&self.daemon.journal).id().to_string();
@@ -194,12 +221,16 @@ impl SessionKeeper {
             journal,
             interfaces: interfaces().await?,
         };
-        let reply = client.join(request).await.map_err(|s| status_problem(&s))?.into_inner();
+        let reply = tokio::time::timeout(RENEWAL_TIMEOUT, client.join(request))
+            .await
+            .map_err(|_| Problem::new(ErrorCode::ManagerUnreachable, "the manager issues no certificate"))?
+            .map_err(|s| status_problem(&s))?
+            .into_inner();
         let chain_pem = chain_pem(&reply);
         let renewed = TlsIdentity::from_pem(&chain_pem, &key.to_pem()).map_err(|e| internal(chain(&e)))?;
         let joined = joined(&self.daemon.name, self.manager.clone(), &reply);
-        self.folder.store(&joined, &key, &chain_pem, self.identity.ca.pem())?;
-        self.identity.tls.replace(renewed).map_err(|e| internal(chain(&e)))
+        self.folder.store(&joined, &key, &chain_pem, &self.ca_pem)?;
+        self.tls.replace(renewed).map_err(|e| internal(chain(&e)))
     }
 }
 

@@ -365,3 +365,25 @@ async fn a_certificate_is_renewed_before_it_ends() {
     host.launch();
     manager.until("another hello", |w| (w.hellos.len() > 1).then_some(())).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewal_that_is_not_answered_holds_nothing_up() {
+    if let Some(reason) = missing() {
+        eprintln!("SKIPPED: {reason}");
+        return;
+    }
+    let folder = tempfile::Builder::new().prefix("ohw").tempdir().unwrap();
+    let manager = Manager::start(folder.path()).await;
+    {
+        let mut world = manager.world.lock().unwrap();
+        world.certificate_life = Some(Duration::from_secs(60));
+        world.renewals_stall = true;
+    }
+    let host = Host::start(&manager, folder.path(), "host-a", "127.0.0.1").await;
+    manager.until("a renewal is asked for", |w| (w.renewals > 0).then_some(())).await;
+    // The session serves orders meanwhile.
+    let load = manager.order("host-a", to_host::Body::QueryLoad(fleet::QueryLoad {})).await;
+    assert!(matches!(load, Ok(fleet::reply::Result::Load(_))), "{load:?}");
+    host.until("the renewal is given up", |h| h.log().contains("issues no certificate")).await;
+    assert_eq!(manager.world.lock().unwrap().hellos.len(), 1, "in the same session");
+}

@@ -47,6 +47,8 @@ pub struct World {
     pub hellos: Vec<(String, fleet::Hello)>,
     pub certificate_life: Option<Duration>,
     pub renewals: u32,
+    /// Asks for a renewal are taken and never answered.
+    pub renewals_stall: bool,
     farewells: BTreeMap<MigrationId, u32>,
     /// Kinds of orders that are held back.
     pub hold: Vec<&'static str>,
@@ -538,6 +540,15 @@ impl Fleet for Service {
         let peer = request.extensions().get::<Option<String>>().cloned().flatten();
         let request = request.into_inner();
         let name: HostName = request.host.parse().unwrap();
+        let stalls = request.token_secret.is_empty() && {
+            let mut world = self.0.world.lock().unwrap();
+            world.renewals += u32::from(world.renewals_stall);
+            world.renewals_stall
+        };
+        if stalls {
+            self.0.changed.notify_waiters();
+            std::future::pending::<()>().await;
+        }
         let life = {
             let mut world = self.0.world.lock().unwrap();
             if request.token_secret.is_empty() {
