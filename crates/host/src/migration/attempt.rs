@@ -13,8 +13,10 @@ use types::handover::Side;
 use types::permit::PermitClaims;
 use types::{Digest, MigrationId, Problem};
 
-/// What a restarted daemon needs of an attempt besides its journal entries. None of it decides: a lost file costs
-/// the direct way to the other daemon.
+/// What a restarted daemon needs of an attempt besides its journal entries. None of it decides, but it holds the key
+/// of the other daemon: a target that has lost it can't verify its source's request to renounce, neither directly nor
+/// through the manager, and a source asks only through the manager. Then the manager's own orders (ABORT, VOID) end
+/// the attempt.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AttemptFile {

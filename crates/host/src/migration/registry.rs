@@ -274,6 +274,10 @@ impl Migrations {
         if permit.claims().target_journal != own_journal {
             return Err(refused("the permit names another journal than this host's"));
         }
+        // A replayed order must not write the file of an attempt that has ended, which nobody would remove.
+        if lock(&daemon.journal).ledger.contains(&permit.claims().nonce) {
+            return Err(PermitRefusal::Replayed.problem());
+        }
         AttemptFile::new(&permit, None).save(daemon).map_err(|e| e.problem())?;
         let doomed = self.dooms_target(&permit, order).err();
         let mut store = lock(&daemon.journal);
