@@ -6,6 +6,7 @@ use crate::clock;
 use crate::config::Config;
 use crate::feed::Feed;
 use crate::fleet::Fleet;
+use crate::http::Doorkeeper;
 use crate::policy::Policy;
 use registry::{Registry, RegistryError, Tx};
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,6 +28,8 @@ pub(crate) struct Manager {
     pub(crate) watch: Watch,
     pub(crate) hurry: Hurry,
     pub(crate) ordered: Ordered,
+    /// Of the joins.
+    pub(crate) door: Doorkeeper,
     pub(crate) anchor: Anchor,
     /// Why the registry is not known to hold everything that it ever said, if so (H10).
     pub(crate) forgetful: OnceLock<String>,

@@ -119,6 +119,7 @@ pub async fn run_with(
         watch: Watch::default(),
         hurry: Hurry::default(),
         ordered: Ordered::default(),
+        door: http::Doorkeeper::default(),
         anchor: Anchor::open(&state),
         forgetful: std::sync::OnceLock::new(),
         started_us: clock::now_us(),

@@ -57,14 +57,15 @@ impl Tx {
         self.insert(|| "the join token".to_owned(), query).await
     }
 
-    /// Uses up a join token: once, in time, for its host.
+    /// What using a join token at this time would come to. Writes nothing.
     ///
     /// # Errors
     /// Those of the database.
-    pub async fn use_join_token(
+    pub async fn check_join_token(
         &mut self,
         hash: &[u8; 32],
         host: &HostName,
+        now_us: i64,
     ) -> Result<TokenUse, RegistryError> {
         let query = sqlx::query("SELECT * FROM join_tokens WHERE hash = $1 AND host = $2")
             .bind(hash.to_vec())
@@ -75,16 +76,31 @@ impl Tx {
             expires_at_us: column(&row, "expires_at_us")?,
             used_at_us: column(&row, "used_at_us")?,
         };
-        if token.used_at_us.is_some() {
-            return Ok(TokenUse::UsedBefore);
-        }
-        if token.expires_at_us <= self.now_us() {
-            return Ok(TokenUse::Expired);
+        Ok(match token.used_at_us {
+            Some(_) => TokenUse::UsedBefore,
+            None if token.expires_at_us <= now_us => TokenUse::Expired,
+            None => TokenUse::Used,
+        })
+    }
+
+    /// Uses up a join token: once, in time, for its host.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn use_join_token(
+        &mut self,
+        hash: &[u8; 32],
+        host: &HostName,
+    ) -> Result<TokenUse, RegistryError> {
+        let now_us = self.now_us();
+        let found = self.check_join_token(hash, host, now_us).await?;
+        if found != TokenUse::Used {
+            return Ok(found);
         }
         let query =
             sqlx::query("UPDATE join_tokens SET used_at_us = $2 WHERE hash = $1 AND used_at_us IS NULL")
                 .bind(hash.to_vec())
-                .bind(self.now_us());
+                .bind(now_us);
         Ok(if self.execute(query).await? == 1 { TokenUse::Used } else { TokenUse::UsedBefore })
     }
 

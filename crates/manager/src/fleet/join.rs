@@ -2,6 +2,7 @@
 //! proves the key. A host that holds its certificate may come again without a token for a fresh one.
 
 use super::service::{Caller, interfaces};
+use crate::clock;
 use crate::core::Manager;
 use crate::migration::gates;
 use api::fleet::{JoinReply, JoinRequest, PermitKey};
@@ -10,6 +11,10 @@ use permit::join::JoinSecret;
 use registry::{Enrolment, HostRow, TokenUse, Tx};
 use serde_json::json;
 use types::{ErrorCode, HostName, Nonce, Problem};
+
+/// Refusals of one address that are audited in a window: what follows says nothing new, and the log is not anybody's to
+/// fill.
+const AUDITED_REFUSALS: u32 = 5;
 
 /// Lets a host join, or renews its certificate.
 ///
@@ -24,6 +29,15 @@ pub(super) async fn join(
         .host
         .parse()
         .map_err(|e: types::id::MalformedId| Problem::new(ErrorCode::BadRequest, e.to_string()))?;
+    let address = caller.address.ip().to_canonical();
+    let renews = caller.peer.as_ref().and_then(|p| p.expect_host().ok()).is_some_and(|p| p.host == host);
+    if !renews && manager.door.is_barred(address, clock::now_us()) {
+        let detail = "too many failed joins from this address";
+        return Err(Problem::new(ErrorCode::LimitReached, detail).hint("wait a minute"));
+    }
+    if let Err(problem) = presented(manager, renews, &host, &request).await {
+        return Err(refused(manager, caller, &host, problem).await);
+    }
     let mut tx = manager.begin("join").await?;
     match joined(manager, &mut tx, caller, &host, &request).await {
         Ok(reply) => {
@@ -34,14 +48,46 @@ pub(super) async fn join(
         }
         Err(problem) => {
             drop(tx);
-            let mut tx = manager.begin("refuse a join").await?;
-            let detail =
-                json!({ "code": problem.code, "detail": problem.detail, "address": caller.address.ip() });
-            tx.audit(&format!("host/{host}"), "host.join-refused", host.as_str(), detail).await?;
-            tx.commit().await?;
-            tracing::warn!(%host, address = %caller.address, "join refused: {}", problem.detail);
-            Err(problem)
+            Err(refused(manager, caller, &host, problem).await)
         }
+    }
+}
+
+/// Whether what is shown may be good, before anything is written: anybody may ask.
+async fn presented(
+    manager: &Manager,
+    renews: bool,
+    host: &HostName,
+    request: &JoinRequest,
+) -> Result<(), Problem> {
+    if request.token_secret.is_empty() {
+        return if renews { Ok(()) } else { Err(nothing_shown()) };
+    }
+    let secret = secret(&request.token_secret)?;
+    let mut tx = manager.registry.read("look at a join token").await?;
+    usable(tx.check_join_token(&secret.hash().0, host, clock::now_us()).await?, host)
+}
+
+/// Counts a refusal; the first ones of an address in a window are audited.
+async fn refused(manager: &Manager, caller: &Caller, host: &HostName, problem: Problem) -> Problem {
+    if problem.code == ErrorCode::RegistryUnavailable {
+        return problem;
+    }
+    let address = caller.address.ip().to_canonical();
+    tracing::debug!(%host, %address, "join refused: {}", problem.detail);
+    if manager.door.failed(address, clock::now_us()) > AUDITED_REFUSALS {
+        return problem;
+    }
+    tracing::warn!(%host, %address, "join refused: {}", problem.detail);
+    let audited = async {
+        let mut tx = manager.begin("refuse a join").await?;
+        let detail = json!({ "code": problem.code, "detail": problem.detail, "address": address });
+        tx.audit(&format!("host/{host}"), "host.join-refused", host.as_str(), detail).await?;
+        tx.commit().await
+    };
+    match audited.await {
+        Ok(()) => problem,
+        Err(error) => error.into(),
     }
 }
 
@@ -84,19 +130,29 @@ async fn joined(
     })
 }
 
-async fn enrolling(tx: &mut Tx, host: &HostName, secret: &str) -> Result<HostRow, Problem> {
+fn secret(text: &str) -> Result<JoinSecret, Problem> {
+    let bytes = hex::decode(text).ok().and_then(|b| JoinSecret::from_bytes(&b));
+    bytes.ok_or_else(|| Problem::new(ErrorCode::Unauthenticated, "the join token is malformed"))
+}
+
+fn usable(found: TokenUse, host: &HostName) -> Result<(), Problem> {
     let refused = |detail: String| Problem::new(ErrorCode::Unauthenticated, detail);
-    let bytes = hex::decode(secret).ok().and_then(|b| JoinSecret::from_bytes(&b));
-    let secret = bytes.ok_or_else(|| refused("the join token is malformed".to_owned()))?;
-    match tx.use_join_token(&secret.hash().0, host).await? {
-        TokenUse::Used => {}
-        TokenUse::Unknown => return Err(refused(format!("the join token is not one for host {host}"))),
-        TokenUse::UsedBefore => {
-            return Err(refused(format!("the join token of host {host} was used before"))
-                .hint("if that was not you, quarantine the host and look at the audit log"));
-        }
-        TokenUse::Expired => return Err(refused(format!("the join token of host {host} is expired"))),
+    match found {
+        TokenUse::Used => Ok(()),
+        TokenUse::Unknown => Err(refused(format!("the join token is not one for host {host}"))),
+        TokenUse::UsedBefore => Err(refused(format!("the join token of host {host} was used before"))
+            .hint("if that was not you, quarantine the host and look at the audit log")),
+        TokenUse::Expired => Err(refused(format!("the join token of host {host} is expired"))),
     }
+}
+
+fn nothing_shown() -> Problem {
+    let detail = "joining needs a token, or the host's own certificate to renew it";
+    Problem::new(ErrorCode::Unauthenticated, detail)
+}
+
+async fn enrolling(tx: &mut Tx, host: &HostName, token: &str) -> Result<HostRow, Problem> {
+    usable(tx.use_join_token(&secret(token)?.hash().0, host).await?, host)?;
     tx.host(host)
         .await?
         .ok_or_else(|| Problem::new(ErrorCode::UnknownHost, format!("no host is named {host}")))
@@ -112,8 +168,7 @@ async fn renewing(
 ) -> Result<HostRow, Problem> {
     let peer = caller.peer.as_ref().and_then(|p| p.expect_host().ok());
     if peer.is_none_or(|p| p.host != *host) {
-        let detail = "joining needs a token, or the host's own certificate to renew it";
-        return Err(Problem::new(ErrorCode::Unauthenticated, detail));
+        return Err(nothing_shown());
     }
     let row = tx.host(host).await?;
     let row = row.ok_or_else(|| Problem::new(ErrorCode::UnknownHost, format!("no host is named {host}")))?;

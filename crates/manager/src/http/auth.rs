@@ -52,26 +52,28 @@ pub(crate) struct Doorkeeper {
 
 impl Doorkeeper {
     /// Whether this address must wait.
-    fn is_barred(&self, address: IpAddr, now_us: i64) -> bool {
+    pub(crate) fn is_barred(&self, address: IpAddr, now_us: i64) -> bool {
         let failures = self.failures.lock().expect("no holder of this lock can panic: it only counts");
         failures
             .get(&address)
             .is_some_and(|(count, since)| *count >= FAILURES_LIMIT && now_us - since < FAILURES_WINDOW_US)
     }
 
-    fn failed(&self, address: IpAddr, now_us: i64) {
+    /// Counts a failure; which one it is of this address in the window.
+    pub(crate) fn failed(&self, address: IpAddr, now_us: i64) -> u32 {
         let mut failures = self.failures.lock().expect("no holder of this lock can panic: it only counts");
         if failures.len() >= ADDRESSES_LIMIT {
             failures.retain(|_, (_, since)| now_us - *since < FAILURES_WINDOW_US);
         }
         if failures.len() >= ADDRESSES_LIMIT && !failures.contains_key(&address) {
-            return;
+            return u32::MAX;
         }
         let entry = failures.entry(address).or_insert((0, now_us));
         if now_us - entry.1 >= FAILURES_WINDOW_US {
             *entry = (0, now_us);
         }
-        entry.0 += 1;
+        entry.0 = entry.0.saturating_add(1);
+        entry.0
     }
 }
 

@@ -113,3 +113,18 @@ async fn a_second_session_replaces_the_first_and_a_lost_host_is_shown() {
     host.vanish();
     world.until("the host is lost", async || world.get("/v1/hosts/host-a").await["state"] == "lost").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_guesses_tokens_neither_fills_the_log_nor_goes_on_for_long() {
+    let world = World::new();
+    let (token_a, token_b) = (token(&world, "host-a").await, token(&world, "host-b").await);
+    let wrong = Join::new("host-b", &token_a);
+    for _ in 0..10 {
+        refused_join(&world, &wrong, Code::Unauthenticated, "not one for host host-b").await;
+    }
+    refused_join(&world, &wrong, Code::FailedPrecondition, "too many failed joins").await;
+    refused_join(&world, &Join::new("host-b", &token_b), Code::FailedPrecondition, "too many").await;
+    let audit = world.get("/v1/audit").await;
+    let refused = audit.as_array().unwrap().iter().filter(|e| e["action"] == "host.join-refused").count();
+    assert_eq!(refused, 5);
+}
