@@ -170,11 +170,15 @@ impl Trial {
         found.with_context(|| self.describe())
     }
 
+    /// Waits until the migration is over, one way or the other.
+    pub fn wait_ended(&self, id: &str) -> Result<serde_json::Value> {
+        let ends = ["completed", "failed", "terminated", "refused"];
+        self.fleet.wait_migration(id, &ends, RECOVERY_LIMIT * 2).with_context(|| self.describe())
+    }
+
     /// Waits until no agent, no second QEMU and no open migration is left.
     pub fn wait_tidy(&self, id: &str) -> Result<serde_json::Value> {
-        let ends = ["completed", "failed", "terminated", "refused"];
-        let shown =
-            self.fleet.wait_migration(id, &ends, RECOVERY_LIMIT * 2).with_context(|| self.describe())?;
+        let shown = self.wait_ended(id)?;
         process::wait_for("agents and spare QEMUs to be gone", RECOVERY_LIMIT, || {
             let busy = |host: &Machine| {
                 self.programs_on(*host, b"outrider-agent").len().saturating_sub(SPARE_AGENTS)
