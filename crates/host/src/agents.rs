@@ -133,7 +133,9 @@ impl AgentSpawner {
     pub async fn end_spare(&self) {
         let spare = lock(&self.spare).take();
         if let Some(agent) = spare {
-            agent.end().await;
+            agent.stop().await;
+            // Nothing runs after the daemon: what was made for the agent goes now.
+            agent.sweep().await;
         }
     }
 
@@ -275,6 +277,13 @@ impl Agent {
 
     /// Ends it, politely at first, and removes what was made for it.
     pub async fn end(&self) {
+        self.stop().await;
+        let agent = self.clone();
+        // The guest may be waiting for what comes after this: sweeping is not urgent.
+        tokio::spawn(async move { agent.sweep().await });
+    }
+
+    async fn stop(&self) {
         if self.process.is_alive() && self.send(&ToAgent::Terminate).await.is_ok() {
             tokio::time::timeout(END_TIMEOUT, self.process.exited()).await.ok();
         }
@@ -282,18 +291,17 @@ impl Agent {
             tracing::error!(%error, "cannot end a VM agent");
         }
         self.process.exited().await;
-        let (group, log) = (self.group.clone(), self.log.clone());
-        // The guest may be waiting for what comes after this: sweeping is not urgent.
-        tokio::spawn(async move {
-            for _ in 0..100 {
-                if group.remove().is_ok() {
-                    break;
-                }
-                tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+
+    async fn sweep(&self) {
+        for _ in 0..100 {
+            if self.group.remove().is_ok() {
+                break;
             }
-            relay_log(&log);
-            remove_file(&log);
-        });
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        relay_log(&self.log);
+        remove_file(&self.log);
     }
 }
 
