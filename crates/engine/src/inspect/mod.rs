@@ -17,6 +17,7 @@
 //! post-copy and compression, all of which are refused by the grammar.
 
 mod coverage;
+pub mod devices;
 mod end;
 mod learn;
 

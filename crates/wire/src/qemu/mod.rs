@@ -12,10 +12,12 @@
 //!
 //! What only the VM's record can tell (which machine, blocks, devices) is compared by `engine::inspect`.
 
+mod blocks;
 pub mod device;
 mod parser;
 pub mod return_path;
 
+pub use blocks::Blocks;
 pub use parser::{Parser, ParserOptions};
 
 /// The longest record header the parser has to hold: a section header with a name of 255 bytes.

@@ -70,12 +70,6 @@ enum Phase {
     Final,
 }
 
-#[derive(Debug, Clone)]
-struct Block {
-    name: Vec<u8>,
-    length: u64,
-}
-
 /// Incremental parser of a pre-copy main channel. Memory: [`MAX_ITEM_BYTES`] and the block list (at most
 /// [`MAX_RAM_BLOCKS`] names).
 #[derive(Debug, Clone)]
@@ -90,7 +84,7 @@ pub struct Parser {
     pinged: bool,
     ram_id: Option<u32>,
     block_list_done: bool,
-    blocks: Vec<Block>,
+    blocks: Blocks,
     /// Last named block: state of the channel, it survives sections.
     current: Option<usize>,
     failure: Option<Violation>,
@@ -115,7 +109,7 @@ impl Parser {
             pinged: false,
             ram_id: None,
             block_list_done: false,
-            blocks: Vec::new(),
+            blocks: Blocks::default(),
             current: None,
             failure: None,
         }
@@ -137,6 +131,12 @@ impl Parser {
     #[must_use]
     pub fn in_devices(&self) -> bool {
         self.state == State::Devices
+    }
+
+    /// The block list, once it is complete: what the records of every channel name their pages by.
+    #[must_use]
+    pub fn blocks(&self) -> Option<&Blocks> {
+        self.block_list_done.then_some(&self.blocks)
     }
 
     /// The section id that the sender chose for `ram`.
@@ -567,7 +567,7 @@ impl Parser {
             let expected = "a named block of whole pages";
             return Err(self.violation("INV-R4", expected, format!("{:?}, {length} bytes", printable(name))));
         }
-        if self.blocks.iter().any(|block| block.name == name) {
+        if self.blocks.find(name).is_some() {
             return Err(self.violation("INV-R4", "each block once", format!("{:?} again", printable(name))));
         }
         if self.blocks.len() == MAX_RAM_BLOCKS {
@@ -579,7 +579,7 @@ impl Parser {
             return Err(self.violation("INV-R3", format!("lengths that add up to {total}"), found));
         };
         sink.event(self.validated, Event::Block { index: self.blocks.len(), name, length_bytes: length })?;
-        self.blocks.push(Block { name: name.to_vec(), length });
+        self.blocks.push(name, length);
         self.state = State::Blocks { total, seen: sum };
         if sum == total {
             sink.event(self.validated, Event::BlocksEnd { total_bytes: total })?;
@@ -601,7 +601,7 @@ impl Parser {
             return Err(self.violation("INV-R6", "no page in START", format!("flags {flags:#x}")));
         }
         let Some((block, len)) = self.named_block(flags, bytes)? else { return Ok(None) };
-        let length = self.blocks.get(block).map_or(0, |b| b.length);
+        let length = self.blocks.length_bytes(block);
         let page = u64::from(self.options.page_size_bytes);
         if offset.checked_add(page).is_none_or(|end| end > length) {
             return Err(self.violation(
@@ -636,7 +636,7 @@ impl Parser {
         let Some(&name_len) = bytes.get(8) else { return Ok(None) };
         let end = 9 + name_len as usize;
         let Some(name) = bytes.get(9..end) else { return Ok(None) };
-        match self.blocks.iter().position(|block| block.name == name) {
+        match self.blocks.find(name) {
             Some(block) => Ok(Some((block, end))),
             None => Err(self.violation("INV-R9", "a block of the list", printable(name))),
         }
