@@ -1,5 +1,6 @@
 //! What a VM's stream must look like: enrolled from the VM's own QEMU, compared by the inspector.
 
+use crate::handover::Digest;
 use serde::{Deserialize, Serialize};
 
 /// A VM's inventory as its record holds it.
@@ -28,6 +29,9 @@ pub struct RamBlock {
     pub name: String,
     /// Used length in bytes.
     pub length_bytes: u64,
+    /// BLAKE3 of its content, for firmware that never changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<Digest>,
 }
 
 /// One device section.

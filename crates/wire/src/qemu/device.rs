@@ -8,7 +8,7 @@
 //! own state may contain such a place by chance, its length must be known from its layout alone (see
 //! `layout_length`); anything else is refused.
 
-use super::parser::SectionHeader;
+use super::parser::{SectionHeader, command_name};
 use super::*;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -257,9 +257,9 @@ impl<'a> Reader<'a> {
             Some(&SECTION_END) => ("INV-S11", "END after END".to_owned()),
             Some(&COMMAND) => match be16(bytes, 1) {
                 Some(8) => ("INV-C2", "ENABLE_COLO".to_owned()),
-                Some(command @ 3..=7) => ("INV-C3", format!("command {command}")),
+                Some(command @ 3..=7) => ("INV-C3", command_name(command)),
                 Some(11) => ("INV-C9", "SWITCHOVER_START".to_owned()),
-                command => ("INV-C1", format!("command {}", command.unwrap_or(0))),
+                command => ("INV-C1", command_name(command.unwrap_or(0))),
             },
             Some(&SECTION_EOF) => ("INV-S10", "the end mark".to_owned()),
             Some(other) => ("INV-S1", format!("{other:#04x}")),
