@@ -14,7 +14,7 @@ use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The longest description that is looked at.
-pub const MAX_DESCRIPTION_BYTES: usize = 4 << 20;
+pub const MAX_DESCRIPTION_BYTES: usize = 2 << 20;
 /// The most device sections; real machines have under a hundred.
 pub const MAX_DEVICE_SECTIONS: usize = 4096;
 /// Section ids are small; below this bound an id's footer holds a NUL, which a description can't contain.
