@@ -455,6 +455,9 @@ pub(crate) struct Inspect {
     /// Which QEMU the recording is of, for --learn
     #[arg(long, value_name = "NAME", default_value = "unknown")]
     pub(crate) hypervisor: String,
+    /// What the same QEMU's `-machine TYPE -dump-vmstate FILE` wrote: lets --learn know what a fresh VM does not show
+    #[arg(long, value_name = "FILE", requires = "learn")]
+    pub(crate) dump_vmstate: Option<PathBuf>,
     /// How pages are packed on the multifd channels
     #[arg(long, value_enum, default_value_t, value_name = "METHOD")]
     pub(crate) compression: Compression,

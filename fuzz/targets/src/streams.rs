@@ -1,7 +1,7 @@
 //! Main channels, whole streams, device states.
 
 use crate::{pieces, support};
-use engine::inspect::devices::{Unvouched, compile_state, judge};
+use engine::inspect::devices::{Unvouched, compile, judge};
 use engine::inspect::{EndDetector, Inspector, Learner, Limits, Refused};
 use std::sync::LazyLock;
 use types::inventory::Inventory;
@@ -21,8 +21,7 @@ pub(crate) fn base() -> &'static Base {
         let mut learner = Learner::default();
         learner.feed(&stream).expect("the hand-made stream is good");
         let learned = learner.finish("qemu/fuzz").expect("the hand-made stream is whole");
-        let catalogue =
-            compile_state(&learned.device_state, &learned.inventory).expect("its devices are described");
+        let catalogue = compile(&stream, None, "qemu/fuzz").expect("its devices are described");
         Base {
             stream,
             inventory: learned.inventory,

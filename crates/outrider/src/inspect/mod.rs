@@ -4,9 +4,9 @@ mod recording;
 mod report;
 
 use crate::args::{Compression, Format, Inspect};
-use crate::error::{Error, InputError};
+use crate::error::{Error, InputError, chain};
 use crate::output;
-use engine::inspect::devices::{Unvouched, compile_state};
+use engine::inspect::devices::{Unvouched, compile};
 use engine::inspect::{Inspector, LearnError, Learned, Learner, Limits, Multifd, Refused, Unsupported, Violation};
 use recording::Recording;
 use report::{PagesView, Report, SectionView, Verdict, ViolationView};
@@ -22,6 +22,11 @@ const DONE: u8 = 0;
 const REJECTED: u8 = 1;
 /// An enrolment is a catalogue and an inventory.
 const MAX_ENROLMENT_BYTES: u64 = 2 * MAX_CATALOGUE_BYTES as u64;
+
+/// A VM is enrolled from a recording of a fresh, small one; its pages are of no interest.
+const MAX_LEARNED_BYTES: usize = 1 << 30;
+/// `-dump-vmstate` writes under a megabyte.
+const MAX_DUMP_BYTES: usize = 16 << 20;
 
 /// Runs the command.
 pub(crate) fn run(args: &Inspect, format: Format) -> Result<u8, Error> {
@@ -41,13 +46,29 @@ pub(crate) fn run(args: &Inspect, format: Format) -> Result<u8, Error> {
 }
 
 fn learn_enrolment(args: &Inspect) -> Result<Result<Enrolment, Violation>, Error> {
-    let learned = match learn(&args.main, &args.hypervisor)? {
-        Ok(learned) => learned,
+    let inventory = match learn(&args.main, &args.hypervisor)? {
+        Ok(learned) => learned.inventory,
         Err(violation) => return Ok(Err(violation)),
     };
-    let catalogue = compile_state(&learned.device_state, &learned.inventory)
-        .map_err(|error| malformed(&args.main, error.to_string()))?;
-    Ok(Ok(Enrolment { inventory: learned.inventory, catalogue: Some(catalogue) }))
+    let dump = args.dump_vmstate.as_deref().map(|path| read_whole(path, MAX_DUMP_BYTES)).transpose()?;
+    let recording = read_whole(&args.main, MAX_LEARNED_BYTES)?;
+    let catalogue = compile(&recording, dump.as_deref(), &args.hypervisor)
+        .map_err(|error| malformed(&args.main, chain(&error).join(": ")))?;
+    Ok(Ok(Enrolment { inventory, catalogue: Some(catalogue) }))
+}
+
+fn read_whole(path: &Path, limit_bytes: usize) -> Result<Vec<u8>, InputError> {
+    let (mut recording, mut all) = (Recording::open(path)?, Vec::new());
+    loop {
+        let piece = recording.piece()?;
+        if piece.is_empty() {
+            return Ok(all);
+        }
+        if all.len() + piece.len() > limit_bytes {
+            return Err(InputError::TooLarge { path: path.to_owned(), limit_bytes: limit_bytes as u64 });
+        }
+        all.extend_from_slice(piece);
+    }
 }
 
 /// What a recording says of its own VM; a recording that breaks the grammar is a verdict, not an error.
