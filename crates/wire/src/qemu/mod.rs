@@ -14,6 +14,7 @@
 
 mod blocks;
 pub mod device;
+pub mod multifd;
 mod parser;
 pub mod return_path;
 
