@@ -65,11 +65,13 @@ impl<'d> Builder<'d> {
         if let Some(hand) = known::whole(vmsd) {
             return self.by_hand(hand);
         }
-        if let Some(hand) = known::root(vmsd) {
+        let candidates = self.dump.map(|dump| dump.named(vmsd)).unwrap_or_default();
+        if let (Some(hand), []) = (known::root(vmsd), candidates.as_slice()) {
             return self.node(node, state, Known::Hand(hand.subs));
         }
-        let dump = self.dump.ok_or("no dump of descriptions came with the dry run")?;
-        let candidates = dump.named(vmsd);
+        if self.dump.is_none() {
+            return Err("no dump of descriptions came with the dry run".to_owned());
+        }
         let mut found: Option<u32> = None;
         let mut why = format!("{vmsd:?} is not in the dump of descriptions");
         for declared in candidates {
@@ -236,19 +238,17 @@ impl<'d> Builder<'d> {
         declared: Option<&'d Declared>,
         first: usize,
     ) -> Result<(), Why> {
-        let known = declared.map_or(Known::Hand(&[]), Known::Declared);
+        let vmsd =
+            entry.node.as_ref().map_or(&entry.vmsd_name, |node| &node.vmsd_name).clone().unwrap_or_default();
+        let known = declared.map_or_else(|| self.nested(&vmsd), Known::Declared);
         let size = entry.size as usize;
         for element in 0..entry.array_len.unwrap_or(1) as usize {
             let own = piece(bytes, element * size, size)?;
             let (index, length) = match &entry.node {
                 Some(node) => {
-                    let vmsd = node.vmsd_name.clone().unwrap_or_default();
                     self.pieces(&vmsd, node.version, &node.fields, &node.subsections, own, known)?
                 }
-                None => {
-                    let vmsd = entry.vmsd_name.clone().unwrap_or_default();
-                    self.pieces(&vmsd, entry.version, &entry.fields, &entry.subsections, own, known)?
-                }
+                None => self.pieces(&vmsd, entry.version, &entry.fields, &entry.subsections, own, known)?,
             };
             if length != size {
                 return Err(format!("{name:?} is {size} bytes, its fields {length}"));
@@ -260,6 +260,15 @@ impl<'d> Builder<'d> {
             }
         }
         Ok(())
+    }
+
+    /// What is known of a struct inside a description by hand: like the outer one, or by the dump.
+    fn nested(&self, vmsd: &str) -> Known<'d> {
+        let dumped = || self.dump.map(|dump| dump.named(vmsd)).and_then(|found| found.first().copied());
+        match known::root(vmsd) {
+            Some(hand) => Known::Hand(hand.subs),
+            None => dumped().map_or(Known::Hand(&[]), Known::Declared),
+        }
     }
 
     fn plain(&mut self, vmsd: &str, entry: &NodeField, bytes: &[u8]) -> Result<Kind, Why> {
