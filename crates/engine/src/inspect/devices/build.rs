@@ -167,6 +167,12 @@ impl<'d> Builder<'d> {
         at: usize,
     ) -> Result<usize, Why> {
         let (vmsd, name) = (layout.vmsd.clone(), &declaration.name);
+        let total = run.iter().map(NodeField::bytes).fold(0usize, usize::saturating_add);
+        if known::counted(&vmsd, name).is_some() {
+            let kind = self.declared_kind(&vmsd, declaration)?;
+            layout.fields.push(plain_field(name, kind));
+            return Ok(total);
+        }
         let condition = if declaration.conditional {
             Some(known::condition(&vmsd, name).ok_or(format!("when {vmsd:?} has {name:?} is not known"))?)
         } else {
@@ -191,7 +197,6 @@ impl<'d> Builder<'d> {
         {
             return Err(format!("what sizes {name:?} of {vmsd:?} is not known"));
         }
-        let total = run.iter().map(NodeField::bytes).fold(0usize, usize::saturating_add);
         let bytes = piece(state, at, total)?;
         let before = layout.fields.len();
         self.push(layout, name, run, bytes, declaration.node.as_deref())?;
@@ -240,7 +245,7 @@ impl<'d> Builder<'d> {
     ) -> Result<(), Why> {
         let vmsd =
             entry.node.as_ref().map_or(&entry.vmsd_name, |node| &node.vmsd_name).clone().unwrap_or_default();
-        let known = declared.map_or_else(|| self.nested(&vmsd), Known::Declared);
+        let known = declared.map_or_else(|| self.nested(&vmsd), |declared| Ok(Known::Declared(declared)))?;
         let size = entry.size as usize;
         for element in 0..entry.array_len.unwrap_or(1) as usize {
             let own = piece(bytes, element * size, size)?;
@@ -263,11 +268,14 @@ impl<'d> Builder<'d> {
     }
 
     /// What is known of a struct inside a description by hand: like the outer one, or by the dump.
-    fn nested(&self, vmsd: &str) -> Known<'d> {
-        let dumped = || self.dump.map(|dump| dump.named(vmsd)).and_then(|found| found.first().copied());
-        match known::root(vmsd) {
-            Some(hand) => Known::Hand(hand.subs),
-            None => dumped().map_or(Known::Hand(&[]), Known::Declared),
+    fn nested(&self, vmsd: &str) -> Result<Known<'d>, Why> {
+        if let Some(hand) = known::root(vmsd) {
+            return Ok(Known::Hand(hand.subs));
+        }
+        match self.dump.map(|dump| dump.named(vmsd)).unwrap_or_default().as_slice() {
+            [] => Ok(Known::Hand(&[])),
+            [declared] => Ok(Known::Declared(declared)),
+            _ => Err(format!("several descriptions are called {vmsd:?}")),
         }
     }
 
@@ -318,7 +326,14 @@ impl<'d> Builder<'d> {
         };
         if let Some(node) = &field.node {
             let layout = self.declared_layout(node)?;
-            return Ok(Kind::Structs(self.intern(layout)?, count.unwrap_or(1)));
+            let element = self.intern(layout)?;
+            return Ok(match known::counted(vmsd, &field.name) {
+                Some((by, most)) => {
+                    let field = by.to_owned();
+                    Kind::CountedStructs(Counted { element, field, least: 0, most, elsewhere: 0 })
+                }
+                None => Kind::Structs(element, count.unwrap_or(1)),
+            });
         }
         match (field.size.max(u32::from(count.is_some())), count) {
             (0, _) => Err(format!("the size of {:?} is not known", field.name)),

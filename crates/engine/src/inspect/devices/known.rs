@@ -283,6 +283,12 @@ pub(super) fn count(vmsd: &str, field: &str) -> Option<u32> {
     COUNTS.iter().find(|(v, f, _)| (*v, *f) == (vmsd, field)).map(|(_, _, count)| *count)
 }
 
+/// Structs that an earlier field counts: that field, and the most.
+pub(super) fn counted(vmsd: &str, field: &str) -> Option<(&'static str, u32)> {
+    const MAX_LOGGED_ERRORS: u32 = 128;
+    ((vmsd, field) == ("PCIE_AER_ERROR_LOG", "log")).then_some(("log_num", MAX_LOGGED_ERRORS))
+}
+
 /// Arrays with an element for each CPU that the machine can have.
 pub(super) fn one_for_each_cpu(vmsd: &str, field: &str) -> bool {
     (vmsd, field) == ("CPU hotplug state", "devs")
