@@ -25,7 +25,12 @@ pub fn qemus() -> Vec<Qemu> {
         Qemu { binary: words.next().unwrap(), args: words.collect() }
     };
     let works = |qemu: &Qemu| {
-        Command::new(&qemu.binary).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
+        Command::new(&qemu.binary)
+            .arg("--version")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .is_ok()
     };
     commands.into_iter().map(qemu).filter(works).collect()
 }
@@ -161,6 +166,18 @@ impl Blob {
         let device = self.device(name);
         device["fields"] = serde_json::json!([{"name": "a", "type": "buffer", "size": length}]);
         device["subsections"] = serde_json::json!([]);
+    }
+
+    /// Where a section's state starts, even when its length no longer fits the description.
+    pub fn section_start(&self, name: &str) -> usize {
+        let header = [&[name.len() as u8], name.as_bytes(), &[0; 4]].concat();
+        let at = self.bytes.windows(header.len()).position(|window| window == header).unwrap();
+        at + header.len() + 4
+    }
+
+    /// Changes the list of devices in the description.
+    pub fn edit_devices(&mut self, edit: impl FnOnce(&mut Vec<serde_json::Value>)) {
+        edit(self.description["devices"].as_array_mut().unwrap());
     }
 
     fn device(&mut self, name: &str) -> &mut serde_json::Value {
