@@ -244,6 +244,31 @@ fn values_that_shape_the_load_are_refused() {
     refuse_bytes("globalstate", 0, &[0, 0, 0, 101], "INV-D8");
 }
 
+/// A request in flight on a disk, as QEMU dumps it, with so many pieces each way.
+fn request(out: u32, incoming: u32) -> Vec<u8> {
+    let mut request = vec![1u8, 0, 0, 0, 0];
+    request.extend_from_slice(&out.to_le_bytes());
+    request.extend_from_slice(&incoming.to_le_bytes());
+    request.resize(1 + 49_168, 0);
+    request
+}
+
+/// Puts a request in front of the zero that ends the list: the last byte before virtio's subsections.
+fn add_request(blob: &mut Blob, request: &[u8]) {
+    let end_of_requests = blob.find("virtio-blk", b"\x05\x15virtio/64bit_features") - 1;
+    blob.splice(end_of_requests..end_of_requests, request);
+}
+
+#[test]
+fn a_disk_request_in_flight_is_read() {
+    let Some((good, catalogue)) = sample() else { return };
+    let mut blob = good.clone();
+    let length = blob.section("virtio-blk").2.len();
+    add_request(&mut blob, &request(1, 1));
+    blob.redescribe("virtio-blk", length + 1 + 49_168);
+    check(&blob.to_bytes(), 0, catalogue, Unvouched::Refuse).unwrap();
+}
+
 #[test]
 fn counts_that_the_stream_brings_are_bounded() {
     refuse("more MAC addresses than fit", "INV-D5", |blob| {
@@ -252,14 +277,9 @@ fn counts_that_the_stream_brings_are_bounded() {
         blob.splice(mac + 18..mac + 22, &[0, 0, 0, 65]);
     });
     refuse("a request in flight with too many pieces", "INV-D5", |blob| {
-        // The zero that ends the list of requests is the last byte before virtio's subsections.
-        let end_of_requests = blob.find("virtio-blk", b"\x05\x15virtio/64bit_features") - 1;
-        let mut request = vec![1u8, 0, 0, 0, 0];
-        request.extend_from_slice(&1000u32.to_le_bytes());
-        request.extend_from_slice(&1000u32.to_le_bytes());
-        request.resize(1 + 49_168, 0);
-        blob.splice(end_of_requests..end_of_requests, &request);
+        add_request(blob, &request(1000, 1000));
     });
+    refuse("a request in flight that is none", "INV-D6", |blob| add_request(blob, &[2]));
     refuse("a SCSI request", "INV-D2", |blob| {
         let (_, _, state) = blob.section("scsi-disk");
         let place = 1 + 1 + 1 + 1 + 96 + 4;

@@ -19,6 +19,8 @@ pub(super) struct Builder<'d> {
     index: BTreeMap<Layout, u32>,
     pins: BTreeSet<(&'static str, &'static str)>,
     dump: Option<&'d Dump>,
+    /// Declarations by name, as they were asked for.
+    dumped: BTreeMap<String, Vec<&'d Declared>>,
     /// CPUs that the machine can have.
     cpus: u32,
 }
@@ -36,7 +38,7 @@ impl<'d> Builder<'d> {
     pub(super) fn new(dump: Option<&'d Dump>, cpus: u32) -> Self {
         let pinned = values::all_rules().filter(|r| matches!(r.expect, Expect::Pinned));
         let pins = pinned.map(|rule| (rule.vmsd, rule.field)).collect();
-        Self { layouts: Vec::new(), index: BTreeMap::new(), pins, dump, cpus }
+        Self { layouts: Vec::new(), index: BTreeMap::new(), pins, dump, dumped: BTreeMap::new(), cpus }
     }
 
     /// The index of a layout.
@@ -65,7 +67,7 @@ impl<'d> Builder<'d> {
         if let Some(hand) = known::whole(vmsd) {
             return self.by_hand(hand);
         }
-        let candidates = self.dump.map(|dump| dump.named(vmsd)).unwrap_or_default();
+        let candidates = self.dumped(vmsd);
         if let (Some(hand), []) = (known::root(vmsd), candidates.as_slice()) {
             return self.node(node, state, Known::Hand(hand.subs));
         }
@@ -268,15 +270,20 @@ impl<'d> Builder<'d> {
     }
 
     /// What is known of a struct inside a description by hand: like the outer one, or by the dump.
-    fn nested(&self, vmsd: &str) -> Result<Known<'d>, Why> {
+    fn nested(&mut self, vmsd: &str) -> Result<Known<'d>, Why> {
         if let Some(hand) = known::root(vmsd) {
             return Ok(Known::Hand(hand.subs));
         }
-        match self.dump.map(|dump| dump.named(vmsd)).unwrap_or_default().as_slice() {
+        match self.dumped(vmsd).as_slice() {
             [] => Ok(Known::Hand(&[])),
             [declared] => Ok(Known::Declared(declared)),
             _ => Err(format!("several descriptions are called {vmsd:?}")),
         }
+    }
+
+    fn dumped(&mut self, vmsd: &str) -> Vec<&'d Declared> {
+        let Some(dump) = self.dump else { return Vec::new() };
+        self.dumped.entry(vmsd.to_owned()).or_insert_with(|| dump.named(vmsd)).clone()
     }
 
     fn plain(&mut self, vmsd: &str, entry: &NodeField, bytes: &[u8]) -> Result<Kind, Why> {
@@ -393,7 +400,7 @@ fn minimum(declared: &Declared) -> Option<u32> {
 }
 
 fn piece(state: &[u8], at: usize, length: usize) -> Result<&[u8], Why> {
-    let end = at.checked_add(length).unwrap_or(usize::MAX);
+    let end = at.saturating_add(length);
     state.get(at..end).ok_or_else(|| "its description is longer than its state".to_owned())
 }
 
