@@ -344,3 +344,79 @@ impl Bounds {
         Ok(element.saturating_mul(u64::from(least)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn layout(fields: Vec<Kind>) -> Layout {
+        let field = |kind| Field { name: "f".to_owned(), kind, when: None, pinned: None };
+        Layout { vmsd: "v".to_owned(), fields: fields.into_iter().map(field).collect(), ..Layout::default() }
+    }
+
+    fn check(layouts: Vec<Layout>, expect: Result<(), CatalogueError>) {
+        let catalogue = Catalogue { layouts, ..Catalogue::default() };
+        assert_eq!(catalogue.validate(), expect, "{catalogue:?}");
+    }
+
+    #[test]
+    fn layouts_refer_only_to_earlier_ones() {
+        let byte = layout(vec![Kind::Bytes(1)]);
+        check(vec![byte.clone(), layout(vec![Kind::Structs(0, 3)])], Ok(()));
+        let reference = |layout| Err(CatalogueError::Reference { layout });
+        check(vec![layout(vec![Kind::Structs(0, 1)])], reference(0));
+        check(vec![layout(vec![Kind::Structs(1, 1)]), byte.clone()], reference(0));
+        check(vec![Layout { subsections: vec![7], ..byte }], reference(0));
+    }
+
+    #[test]
+    fn arrays_of_nothing_and_great_depth_are_refused() {
+        let empty = layout(Vec::new());
+        check(vec![empty.clone(), layout(vec![Kind::Structs(0, 1)])], Ok(()));
+        check(vec![empty, layout(vec![Kind::Structs(0, 2)])], Err(CatalogueError::Empty { layout: 1 }));
+        let maybe = Counted { element: 1, field: "n".to_owned(), least: 0, most: 9, elsewhere: 0 };
+        let layouts = vec![layout(vec![Kind::Counted(maybe)]), layout(vec![Kind::Structs(0, 2)])];
+        check(layouts, Err(CatalogueError::Empty { layout: 1 }));
+        let nested = |depth: u32| {
+            let mut layouts = vec![layout(vec![Kind::Bytes(1)])];
+            layouts.extend((1..depth).map(|n| layout(vec![Kind::Structs(n - 1, 1)])));
+            layouts
+        };
+        check(nested(16), Ok(()));
+        check(nested(17), Err(CatalogueError::TooMany { what: "levels" }));
+        let too_long = layout(vec![Kind::Array(1, MAX_ELEMENTS + 1)]);
+        check(vec![too_long], Err(CatalogueError::TooMany { what: "elements" }));
+    }
+
+    #[test]
+    fn sections_refer_to_layouts_that_are_there() {
+        let section = |layout| SectionLayout {
+            name: "timer".to_owned(),
+            instance: 0,
+            version: 2,
+            layout: Some(layout),
+            why: String::new(),
+        };
+        let layouts = vec![layout(vec![Kind::Bytes(24)])];
+        let good = Catalogue { layouts, sections: vec![section(0)], ..Catalogue::default() };
+        assert_eq!(good.validate(), Ok(()));
+        let bad = Catalogue { sections: vec![section(1)], ..good };
+        assert_eq!(bad.validate(), Err(CatalogueError::Reference { layout: 1 }));
+    }
+
+    #[test]
+    fn json_is_short_and_comes_back_the_same() {
+        let pinned = Some(HexBytes(vec![3]));
+        let count = Field { name: "n".to_owned(), kind: Kind::Bytes(1), when: None, pinned };
+        let when = Some(When::NotZero("n".to_owned()));
+        let more = Field { name: "m".to_owned(), kind: Kind::Array(8, 4), when, pinned: None };
+        let layout =
+            Layout { vmsd: "v".to_owned(), version: 1, fields: vec![count, more], ..Layout::default() };
+        let json = serde_json::to_string(&layout).unwrap();
+        let expect = r#"{"n":"v","v":1,"f":[{"n":"n","k":{"b":1},"p":"03"},{"n":"m","k":{"a":[8,4]},"w":{"nz":"n"}}]}"#;
+        assert_eq!(json, expect);
+        assert_eq!(serde_json::from_str::<Layout>(&json).unwrap(), layout);
+        assert!(serde_json::from_str::<Layout>(r#"{"n":"v","x":1}"#).is_err());
+    }
+}

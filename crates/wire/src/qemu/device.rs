@@ -459,6 +459,12 @@ fn json_trouble(json: &[u8]) -> Option<&'static str> {
 }
 
 impl<'a> DeviceState<'a> {
+    /// The text of the description in `blob`, which this was read from.
+    #[must_use]
+    pub fn description<'t>(&self, blob: &'t [u8]) -> &'t [u8] {
+        blob.get(self.end_mark + DESCRIPTION_HEADER_BYTES..).unwrap_or_default()
+    }
+
     /// Reads a complete device state. `base` is the blob's offset in the stream, `ram_id` the id that `ram` has.
     ///
     /// # Errors

@@ -56,7 +56,10 @@ fn step<'d, 'n>(
 }
 
 fn may_be_absent(of: &Declared, field: &DeclaredField) -> bool {
-    field.conditional || field.version_id > of.version_id || known::sized_by_properties(&of.name, &field.name)
+    field.conditional
+        || field.version_id > of.version_id
+        || known::sized_by_properties(&of.name, &field.name)
+        || known::counted(&of.name, &field.name).is_some()
 }
 
 /// How many entries at the start are of this field.

@@ -19,6 +19,8 @@ pub(super) struct Builder<'d> {
     index: BTreeMap<Layout, u32>,
     pins: BTreeSet<(&'static str, &'static str)>,
     dump: Option<&'d Dump>,
+    /// Declarations by name, as they were asked for.
+    dumped: BTreeMap<String, Vec<&'d Declared>>,
     /// CPUs that the machine can have.
     cpus: u32,
 }
@@ -36,7 +38,7 @@ impl<'d> Builder<'d> {
     pub(super) fn new(dump: Option<&'d Dump>, cpus: u32) -> Self {
         let pinned = values::all_rules().filter(|r| matches!(r.expect, Expect::Pinned));
         let pins = pinned.map(|rule| (rule.vmsd, rule.field)).collect();
-        Self { layouts: Vec::new(), index: BTreeMap::new(), pins, dump, cpus }
+        Self { layouts: Vec::new(), index: BTreeMap::new(), pins, dump, dumped: BTreeMap::new(), cpus }
     }
 
     /// The index of a layout.
@@ -65,11 +67,13 @@ impl<'d> Builder<'d> {
         if let Some(hand) = known::whole(vmsd) {
             return self.by_hand(hand);
         }
-        if let Some(hand) = known::root(vmsd) {
+        let candidates = self.dumped(vmsd);
+        if let (Some(hand), []) = (known::root(vmsd), candidates.as_slice()) {
             return self.node(node, state, Known::Hand(hand.subs));
         }
-        let dump = self.dump.ok_or("no dump of descriptions came with the dry run")?;
-        let candidates = dump.named(vmsd);
+        if self.dump.is_none() {
+            return Err("no dump of descriptions came with the dry run".to_owned());
+        }
         let mut found: Option<u32> = None;
         let mut why = format!("{vmsd:?} is not in the dump of descriptions");
         for declared in candidates {
@@ -165,6 +169,12 @@ impl<'d> Builder<'d> {
         at: usize,
     ) -> Result<usize, Why> {
         let (vmsd, name) = (layout.vmsd.clone(), &declaration.name);
+        let total = run.iter().map(NodeField::bytes).fold(0usize, usize::saturating_add);
+        if known::counted(&vmsd, name).is_some() {
+            let kind = self.declared_kind(&vmsd, declaration)?;
+            layout.fields.push(plain_field(name, kind));
+            return Ok(total);
+        }
         let condition = if declaration.conditional {
             Some(known::condition(&vmsd, name).ok_or(format!("when {vmsd:?} has {name:?} is not known"))?)
         } else {
@@ -189,7 +199,6 @@ impl<'d> Builder<'d> {
         {
             return Err(format!("what sizes {name:?} of {vmsd:?} is not known"));
         }
-        let total = run.iter().map(NodeField::bytes).fold(0usize, usize::saturating_add);
         let bytes = piece(state, at, total)?;
         let before = layout.fields.len();
         self.push(layout, name, run, bytes, declaration.node.as_deref())?;
@@ -236,19 +245,17 @@ impl<'d> Builder<'d> {
         declared: Option<&'d Declared>,
         first: usize,
     ) -> Result<(), Why> {
-        let known = declared.map_or(Known::Hand(&[]), Known::Declared);
+        let vmsd =
+            entry.node.as_ref().map_or(&entry.vmsd_name, |node| &node.vmsd_name).clone().unwrap_or_default();
+        let known = declared.map_or_else(|| self.nested(&vmsd), |declared| Ok(Known::Declared(declared)))?;
         let size = entry.size as usize;
         for element in 0..entry.array_len.unwrap_or(1) as usize {
             let own = piece(bytes, element * size, size)?;
             let (index, length) = match &entry.node {
                 Some(node) => {
-                    let vmsd = node.vmsd_name.clone().unwrap_or_default();
                     self.pieces(&vmsd, node.version, &node.fields, &node.subsections, own, known)?
                 }
-                None => {
-                    let vmsd = entry.vmsd_name.clone().unwrap_or_default();
-                    self.pieces(&vmsd, entry.version, &entry.fields, &entry.subsections, own, known)?
-                }
+                None => self.pieces(&vmsd, entry.version, &entry.fields, &entry.subsections, own, known)?,
             };
             if length != size {
                 return Err(format!("{name:?} is {size} bytes, its fields {length}"));
@@ -260,6 +267,23 @@ impl<'d> Builder<'d> {
             }
         }
         Ok(())
+    }
+
+    /// What is known of a struct inside a description by hand: like the outer one, or by the dump.
+    fn nested(&mut self, vmsd: &str) -> Result<Known<'d>, Why> {
+        if let Some(hand) = known::root(vmsd) {
+            return Ok(Known::Hand(hand.subs));
+        }
+        match self.dumped(vmsd).as_slice() {
+            [] => Ok(Known::Hand(&[])),
+            [declared] => Ok(Known::Declared(declared)),
+            _ => Err(format!("several descriptions are called {vmsd:?}")),
+        }
+    }
+
+    fn dumped(&mut self, vmsd: &str) -> Vec<&'d Declared> {
+        let Some(dump) = self.dump else { return Vec::new() };
+        self.dumped.entry(vmsd.to_owned()).or_insert_with(|| dump.named(vmsd)).clone()
     }
 
     fn plain(&mut self, vmsd: &str, entry: &NodeField, bytes: &[u8]) -> Result<Kind, Why> {
@@ -309,7 +333,14 @@ impl<'d> Builder<'d> {
         };
         if let Some(node) = &field.node {
             let layout = self.declared_layout(node)?;
-            return Ok(Kind::Structs(self.intern(layout)?, count.unwrap_or(1)));
+            let element = self.intern(layout)?;
+            return Ok(match known::counted(vmsd, &field.name) {
+                Some((by, most)) => {
+                    let field = by.to_owned();
+                    Kind::CountedStructs(Counted { element, field, least: 0, most, elsewhere: 0 })
+                }
+                None => Kind::Structs(element, count.unwrap_or(1)),
+            });
         }
         match (field.size.max(u32::from(count.is_some())), count) {
             (0, _) => Err(format!("the size of {:?} is not known", field.name)),
@@ -369,7 +400,7 @@ fn minimum(declared: &Declared) -> Option<u32> {
 }
 
 fn piece(state: &[u8], at: usize, length: usize) -> Result<&[u8], Why> {
-    let end = at.checked_add(length).unwrap_or(usize::MAX);
+    let end = at.saturating_add(length);
     state.get(at..end).ok_or_else(|| "its description is longer than its state".to_owned())
 }
 

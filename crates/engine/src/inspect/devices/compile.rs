@@ -77,9 +77,7 @@ pub fn compile(dry_run: &[u8], dump: Option<&[u8]>, hypervisor: &str) -> Result<
         return Err(CompileError::Machine { dump: machine.to_owned(), dry_run: recording.machine });
     }
     let state = DeviceState::read(&recording.held, recording.base, recording.ram_id, PAGE_SIZE_BYTES)?;
-    let json = recording.held.get(state.end_mark..).unwrap_or_default();
-    let start = json.iter().position(|b| *b == b'{').unwrap_or(json.len());
-    let description: Description = serde_json::from_slice(json.get(start..).unwrap_or_default())
+    let description: Description = serde_json::from_slice(state.description(&recording.held))
         .map_err(unreadable("description in the dry run"))?;
     let cpus = recording.possible_cpus(&description);
     let mut builder = Builder::new(dump.as_ref(), cpus);

@@ -77,8 +77,13 @@ pub fn judge(
     if catalogue.machine != inventory.machine {
         return Err(unusable(base, &format!("one of {:?}", catalogue.machine)));
     }
-    let lengths =
-        Lengths { blob, base, tables: &Tables::of(catalogue), unvouched, sections: by_name(catalogue) };
+    let lengths = Lengths {
+        blob,
+        base,
+        tables: &Tables::new(&catalogue.layouts),
+        unvouched,
+        sections: by_name(catalogue),
+    };
     let state = DeviceState::read_with(blob, base, ram_id, page_size, &mut |section| lengths.of(section))?;
     if inventory.devices.is_empty() {
         check_complete(&state, base, &devices(catalogue))?;

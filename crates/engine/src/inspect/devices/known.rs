@@ -53,6 +53,9 @@ const ROOTS: &[Hand] = &[
     with_subs("i2c_bus", &[opaque("i2c_bus/broadcast")]),
     with_subs("acpi_build", &[]),
     with_subs("globalstate", &[]),
+    // 7.2 leaves its IDE controllers out of the dump.
+    with_subs("ide", &[]),
+    with_subs("ide bmdma", BMDMA_SUBS),
 ];
 
 /// The largest blob of a TPM emulator's state; swtpm's are under 16 KiB.
@@ -74,6 +77,15 @@ const WHOLE: &[Hand] = &[hand(
         Counted("state_blobs.savestate.buffer", "state_blobs.savestate.size", MAX_TPM_BLOB_BYTES),
     ],
 )];
+
+const BMDMA_SUBS: &[Hand] = &[
+    hand(
+        "ide bmdma_current",
+        1,
+        &[Bytes("cur_addr", 4), Bytes("cur_prd_last", 4), Bytes("cur_prd_addr", 4), Bytes("cur_prd_len", 4)],
+    ),
+    hand("ide bmdma/status", 1, &[Bytes("status", 1)]),
+];
 
 const CPU_COMMON_SUBS: &[Hand] = &[
     hand("cpu_common/exception_index", 1, &[Bytes("exception_index", 4)]),
@@ -269,6 +281,12 @@ const COUNTS: &[(&str, &str, u32)] = &[
 /// How many elements an array has that no dump counts.
 pub(super) fn count(vmsd: &str, field: &str) -> Option<u32> {
     COUNTS.iter().find(|(v, f, _)| (*v, *f) == (vmsd, field)).map(|(_, _, count)| *count)
+}
+
+/// Structs that an earlier field counts: that field, and the most.
+pub(super) fn counted(vmsd: &str, field: &str) -> Option<(&'static str, u32)> {
+    const MAX_LOGGED_ERRORS: u32 = 128;
+    ((vmsd, field) == ("PCIE_AER_ERROR_LOG", "log")).then_some(("log_num", MAX_LOGGED_ERRORS))
 }
 
 /// Arrays with an element for each CPU that the machine can have.

@@ -4,7 +4,7 @@ use super::codecs;
 use super::rule::{Breach, Expect, Fields, ValueRule, number};
 use super::rules;
 use std::collections::BTreeMap;
-use types::layout::{Catalogue, Field, Kind, Layout};
+use types::layout::{Field, Kind, Layout};
 
 /// Every rule: those of the device families, and those of the hand-written codecs.
 pub(super) fn all_rules() -> impl Iterator<Item = &'static ValueRule> {
@@ -27,21 +27,17 @@ impl<'c> Tables<'c> {
             by_vmsd.entry(rule.vmsd).or_default().push(rule);
         }
         let attach = |layout: &Layout| {
-            let rules = by_vmsd.get(layout.vmsd.as_str()).map(Vec::as_slice).unwrap_or_default();
-            let on_field = |(place, field): (usize, &Field)| {
-                let name = field.name.clone();
-                rules.iter().filter(move |rule| rule.field == name).map(move |rule| (place, *rule))
-            };
-            let attached: Vec<_> = layout.fields.iter().enumerate().flat_map(on_field).collect();
+            let mut attached = Vec::new();
+            if let Some(rules) = by_vmsd.get(layout.vmsd.as_str()) {
+                for (place, field) in layout.fields.iter().enumerate() {
+                    attached
+                        .extend(rules.iter().filter(|r| r.field == field.name).map(|rule| (place, *rule)));
+                }
+            }
             let watched = !attached.is_empty() || layout.fields.iter().any(|f| f.pinned.is_some());
             watched.then_some(attached)
         };
         Self { layouts, attached: layouts.iter().map(attach).collect() }
-    }
-
-    /// The tables of a catalogue.
-    pub(super) fn of(catalogue: &'c Catalogue) -> Self {
-        Self::new(&catalogue.layouts)
     }
 
     pub(super) fn layout(&self, index: u32) -> Option<&'c Layout> {

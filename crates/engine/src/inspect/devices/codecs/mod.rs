@@ -27,6 +27,13 @@ pub(super) const RULES: &[ValueRule] = &[
     ValueRule { vmsd: "globalstate", field: "vm_was_suspended", rule: "INV-D8", expect: Expect::AtMost(1) },
     ValueRule { vmsd: "globalstate", field: "unused", rule: "INV-D8", expect: Expect::Check(unused_is_zero) },
     ValueRule {
+        vmsd: "PCIE_AER_ERROR_LOG",
+        field: "log_num",
+        rule: "INV-D5",
+        expect: Expect::AtMostField("log_max"),
+    },
+    pinned("PCIE_AER_ERROR_LOG", "log_max"),
+    ValueRule {
         vmsd: "ringsize_state",
         field: "vring.num_default",
         rule: "INV-D5",

@@ -39,11 +39,11 @@ pub(in crate::inspect::devices) fn shapes(vmsd: &str, state: &[u8]) -> Result<Ve
     let mut shapes = Vec::new();
     for config_space in [256, 4096] {
         let Some(shape) = shape(vmsd, state, config_space) else { continue };
-        let several = Shape { several_pairs: true, ..shape.clone() };
-        shapes.push(shape);
-        if vmsd == "virtio-net" {
-            shapes.push(several);
+        if let Some(pairs) = shape.net_pairs(state) {
+            // Two queues for each pair and one for control; a guest that has not asked for them has one pair.
+            shapes.push(Shape { pairs: Some(pairs), queues: 2 * u32::from(pairs) + 1, ..shape.clone() });
         }
+        shapes.push(shape);
     }
     Ok(shapes)
 }
@@ -66,7 +66,8 @@ fn shape(vmsd: &'static str, state: &[u8], config_space: usize) -> Option<Shape>
     };
     let needle = b"virtio/packed_virtqueues";
     let packed = state.windows(needle.len()).any(|window| window == needle);
-    Some(Shape { vmsd, config_space, config_bytes, queues, packed, device, several_pairs: false })
+    let device_at = config_end + 4 + queues as usize * (4 + 8 + if msix.is_some() { 4 } else { 2 });
+    Some(Shape { vmsd, config_space, config_bytes, queues, packed, device, pairs: None, device_at })
 }
 
 impl Reader<'_, '_> {

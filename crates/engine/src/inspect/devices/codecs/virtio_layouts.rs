@@ -9,7 +9,12 @@ use types::layout::{Counted, Field, HexBytes, Kind, Layout, Virtio, VirtioDevice
 pub(super) const IRQ_STATE_BYTES: usize = 16;
 /// Feature bit of a network device with offloads that its guest controls.
 const CTRL_GUEST_OFFLOADS: u8 = 2;
-const MAX_QUEUE_PAIRS: u32 = 512;
+const MAX_QUEUE_PAIRS: u16 = 511;
+const MAC_BYTES: usize = 6;
+/// Address, waiting packets, merging, status and two modes come before the number of addresses in the filter.
+const NET_FILTER_AT: usize = 6 + 4 + 4 + 2 + 1 + 1;
+/// VLANs, header, six modes and offload come between the filter and the pairs of queues.
+const NET_PAIRS_BEHIND_MACS: usize = 512 + 4 + 6 + 1;
 const MAX_RSS_ENTRIES: u32 = 128;
 /// Virtio's tables have a slot for each queue that a device could have.
 #[expect(clippy::cast_possible_truncation, reason = "1024")]
@@ -24,7 +29,10 @@ pub(in crate::inspect::devices) struct Shape {
     pub(super) queues: u32,
     pub(super) packed: bool,
     pub(super) device: VirtioDevice,
-    pub(super) several_pairs: bool,
+    /// Pairs of queues that a network device can have, where it can have several.
+    pub(super) pairs: Option<u16>,
+    /// Where the state behind the queues starts.
+    pub(super) device_at: usize,
 }
 
 fn bytes(name: &str, size: u32) -> Field {
@@ -67,6 +75,15 @@ impl Shape {
         })))
     }
 
+    /// The pairs that a network device's dry run names, if this is one with several.
+    pub(super) fn net_pairs(&self, state: &[u8]) -> Option<u16> {
+        let filter = self.device_at + NET_FILTER_AT;
+        let macs = u32::from_be_bytes(state.get(filter..filter + 4)?.try_into().ok()?).min(NET_MAC_ENTRIES);
+        let at = filter + 4 + macs as usize * MAC_BYTES + NET_PAIRS_BEHIND_MACS;
+        let pairs = u16::from_be_bytes(state.get(at..at + 2)?.try_into().ok()?);
+        (self.device == VirtioDevice::Net && (2..=MAX_QUEUE_PAIRS).contains(&pairs)).then_some(pairs)
+    }
+
     fn net(&self, builder: &mut Builder<'_>) -> Result<u32, Why> {
         let rss = rss(builder)?;
         let waiting = with("virtio-net-queue-tx_waiting", 0, vec![bytes("tx_waiting", 4)]);
@@ -93,11 +110,9 @@ impl Shape {
             bytes("nobcast", 1),
             plain_field("tmp", Kind::Structs(ufo, 1)),
         ];
-        if self.several_pairs {
-            // Two queues for each pair, and one for control.
-            let pairs = (self.queues.saturating_sub(1) / 2).min(MAX_QUEUE_PAIRS);
-            let others = counted(4, "curr_queue_pairs", 1, pairs, 1);
-            let pinned = u16::try_from(pairs).ok().map(|pairs| HexBytes(pairs.to_be_bytes().to_vec()));
+        if let Some(pairs) = self.pairs {
+            let others = counted(4, "curr_queue_pairs", 1, u32::from(pairs), 1);
+            let pinned = Some(HexBytes(pairs.to_be_bytes().to_vec()));
             fields.push(Field { pinned, ..bytes("max_queue_pairs", 2) });
             fields.push(bytes("curr_queue_pairs", 2));
             fields.push(plain_field("tx_waiting", Kind::Counted(others)));
