@@ -81,7 +81,8 @@ impl GuestImage {
     }
 }
 
-fn target_folder() -> Result<PathBuf> {
+/// Cargo's build folder.
+pub(crate) fn target_folder() -> Result<PathBuf> {
     if let Some(folder) = std::env::var_os("CARGO_TARGET_DIR") {
         return Ok(folder.into());
     }

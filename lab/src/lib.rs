@@ -21,6 +21,7 @@ pub mod net;
 pub mod observer;
 pub mod plain;
 pub mod process;
+pub mod qemu;
 pub mod qmp;
 pub mod relay;
 pub mod require;
