@@ -43,6 +43,12 @@ pub struct Program {
     pub arguments: Vec<String>,
 }
 
+impl serde::Serialize for Version {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
 impl Version {
     /// Every version, oldest first.
     pub const ALL: [Self; 2] = [Self::V72, Self::V10];
