@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use outrider_lab::client::{self, Client};
-use outrider_lab::inspection::migrations;
+use outrider_lab::inspection::{differential, migrations};
 use outrider_lab::net::{self, Machine, Net};
 use outrider_lab::{bench, demo, guest};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -54,6 +54,12 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Give mutated streams to the inspector and to stock QEMU: what the one accepts, the other must complete.
+    Differential {
+        /// Options of the runs.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Lay the namespaces and keep them until Ctrl-C.
     Up,
     /// Remove what dead runs left behind.
@@ -85,6 +91,7 @@ fn run(command: Command) -> Result<ExitCode> {
             guest::make(&unpacked, &daemon, &out).map(|_| ExitCode::SUCCESS)
         }
         Command::InspectMigrations { arguments } => migrations::run(&arguments),
+        Command::Differential { arguments } => differential::run(&arguments),
         Command::Up => up(),
         Command::Down => down(),
         Command::Client { address } => talk(address),

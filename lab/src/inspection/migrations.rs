@@ -18,7 +18,7 @@ use types::inventory::Inventory;
 use super::gate::{Gate, MAX_MULTIFD_CHANNELS};
 use super::passage::{Passage, Report};
 use super::shape::{Hop, Shape, Versions};
-use super::{Stop, enrol, keep};
+use super::{Stop, enrol, keep, run_folder};
 use crate::guest::GuestImage;
 use crate::process;
 use crate::qemu::{Program, Qemu, Version};
@@ -146,7 +146,7 @@ impl Lab {
         };
         let programs = wanted.into_iter().map(|version| Ok((version, version.program()?)));
         let programs = programs.collect::<Result<_>>()?;
-        let folder = tempfile::Builder::new().prefix("outrider-lab-").tempdir().context("making a folder")?;
+        let folder = run_folder()?;
         let image = GuestImage::locate()?.ticking(folder.path())?;
         Ok(Self { stop, versions, programs, image, folder })
     }

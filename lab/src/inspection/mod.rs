@@ -5,12 +5,20 @@
 //! enrol ───── its stream from a dry run, and the inventory that it shows
 //! passage ─── source → inspector → target, channel by channel
 //! migrations ─ many of them: none may be refused
+//! marks ───── where the fields of a stream are
+//! mutate ──── streams with something wrong with them
+//! feed ────── what a stock QEMU does with a stream
+//! differential ─ what the inspector accepts, stock QEMU completes
 //! gate ────── all that this knows of the inspector's interface
 //! ```
 
+pub mod differential;
 pub mod enrol;
+pub mod feed;
 pub mod gate;
+pub mod marks;
 pub mod migrations;
+pub mod mutate;
 mod passage;
 pub mod rng;
 pub mod shape;
@@ -43,6 +51,12 @@ impl Stop {
     pub fn is_set(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
+}
+
+/// A folder for sockets and logs, named after this process, removed when dropped.
+fn run_folder() -> Result<tempfile::TempDir> {
+    let prefix = format!("outrider-lab-{}-", std::process::id());
+    tempfile::Builder::new().prefix(&prefix).tempdir().context("making a folder")
 }
 
 /// Where streams that need a look are kept.
