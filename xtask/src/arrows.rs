@@ -72,8 +72,13 @@ const ROOMS: [Room; 12] = [
         ],
         &[],
     ),
-    // It drives the built programs from outside, and knows only the shapes of what they print.
-    room("outrider-lab", &["outrider-lab-guest", "outrider-types"], &["tokio", "sqlx"]),
+    // It drives the built programs from outside, and knows only the shapes of what they print; the inspector alone
+    // it also puts between real QEMUs by itself.
+    room(
+        "outrider-lab",
+        &["outrider-lab-guest", "outrider-types", "outrider-wire", "outrider-engine"],
+        &["tokio", "sqlx"],
+    ),
 ];
 
 const fn room(
