@@ -13,8 +13,7 @@ use crate::run::Workspace;
 
 const TABLE: &str = "docs/inspector.md";
 /// Where rules are enforced; `tests` folders and `tests` modules inside count as tests.
-const ROOMS: [&str; 5] =
-    ["crates/wire", "crates/engine", "crates/agent", "crates/link", "crates/host"];
+const ROOMS: [&str; 5] = ["crates/wire", "crates/engine", "crates/agent", "crates/link", "crates/host"];
 
 /// Where a rule is cited.
 #[derive(Debug, Default, Clone, Copy)]
@@ -36,7 +35,13 @@ pub(crate) fn check(workspace: &Workspace) -> Result<()> {
         .iter()
         .filter(|(_, cited)| !cited.code || !cited.test)
         .map(|(rule, cited)| {
-            let where_ = if cited.code { "a test" } else if cited.test { "code" } else { "code or test" };
+            let where_ = if cited.code {
+                "a test"
+            } else if cited.test {
+                "code"
+            } else {
+                "code or test"
+            };
             format!("{rule} is not cited in {where_}")
         })
         .collect();
@@ -69,7 +74,8 @@ fn visit(folder: &Path, rules: &mut BTreeMap<&str, Cited>) -> Result<()> {
 }
 
 fn cite(text: &str, in_tests: bool, rules: &mut BTreeMap<&str, Cited>) {
-    let (code, tests) = if in_tests { ("", text) } else { text.split_once("#[cfg(test)]").unwrap_or((text, "")) };
+    let (code, tests) =
+        if in_tests { ("", text) } else { text.split_once("#[cfg(test)]").unwrap_or((text, "")) };
     for (rule, cited) in rules {
         cited.code |= mentions(code, rule);
         cited.test |= mentions(tests, rule);

@@ -67,7 +67,15 @@ pub(crate) fn multifd(data: &[u8]) {
     }
 }
 
-fn packet(flags: u32, alloc: u32, normal: u32, zero: u32, number: u64, name: &[u8], pages: &[u64]) -> Vec<u8> {
+fn packet(
+    flags: u32,
+    alloc: u32,
+    normal: u32,
+    zero: u32,
+    number: u64,
+    name: &[u8],
+    pages: &[u64],
+) -> Vec<u8> {
     let mut bytes = Vec::new();
     for word in [0x1122_3344, 1, flags, alloc, normal, normal * 4096] {
         bytes.extend_from_slice(&u32::to_be_bytes(word));

@@ -51,7 +51,10 @@ pub fn seeds(name: &str) -> Vec<Vec<u8>> {
         "multifd" => channels::multifd_seeds(),
         "return_path" => vec![vec![3, 0, 2, 0, 4, 0, 0, 0, 1, 0, 1, 0, 4, 0, 0, 0, 0]],
         "frames" => vec![vec![5, 1, 0, 0, 0, 3, b'a', b'b', b'c', 6, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1]],
-        "qmp" => vec![br#"{"return": {}, "id": 1}"#.to_vec(), br#"{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}"#.to_vec()],
+        "qmp" => vec![
+            br#"{"return": {}, "id": 1}"#.to_vec(),
+            br#"{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}"#.to_vec(),
+        ],
         _ => Vec::new(),
     }
 }

@@ -22,12 +22,7 @@ pub(crate) fn base() -> &'static Base {
         learner.feed(&stream).expect("the hand-made stream is good");
         let learned = learner.finish("qemu/fuzz").expect("the hand-made stream is whole");
         let catalogue = compile(&stream, None, "qemu/fuzz").expect("its devices are described");
-        Base {
-            stream,
-            inventory: learned.inventory,
-            device_state: learned.device_state,
-            catalogue,
-        }
+        Base { stream, inventory: learned.inventory, device_state: learned.device_state, catalogue }
     });
     &BASE
 }
@@ -65,7 +60,10 @@ fn check(stream: &[u8], split: u8) {
                 assert_eq!(read, base.inventory, "another VM was accepted");
             }
             Err(refused) => {
-                assert!(outcome.released.len() as u64 <= refused.violation.offset, "released past the violation");
+                assert!(
+                    outcome.released.len() as u64 <= refused.violation.offset,
+                    "released past the violation"
+                );
             }
         }
     }
@@ -121,9 +119,11 @@ fn apply(stream: &mut Vec<u8>, edit: &[u8]) {
 /// A device state against the catalogue of the good stream, with what nobody vouches for refused and reported.
 pub(crate) fn device_state(data: &[u8]) {
     let base = base();
-    for (catalogue, unvouched) in
-        [(Some(&base.catalogue), Unvouched::Refuse), (Some(&base.catalogue), Unvouched::Report), (None, Unvouched::Report)]
-    {
+    for (catalogue, unvouched) in [
+        (Some(&base.catalogue), Unvouched::Refuse),
+        (Some(&base.catalogue), Unvouched::Report),
+        (None, Unvouched::Report),
+    ] {
         if let Ok(judged) = judge(data, 0, 1, 4096, &base.inventory, catalogue, unvouched) {
             assert_eq!(judged.sections.len(), base.inventory.devices.len(), "another VM was accepted");
         }

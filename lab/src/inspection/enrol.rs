@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use types::inventory::Inventory;
+use types::inventory::Enrolment;
 
 use super::gate;
 use super::shape::Shape;
@@ -19,19 +19,34 @@ use crate::qmp::Qmp;
 /// A small guest's stream, on a machine that is busy with other things.
 const RECORDING_LIMIT: Duration = Duration::from_secs(60);
 
-/// A dry run: the command line of the VM, paused, its stream taken.
-pub fn inventory(
+/// A dry run on one QEMU: the command line of the VM, paused, its stream taken, and the descriptions of its devices.
+pub fn enrolment(
     program: &Program,
     shape: &Shape,
     image: Option<&GuestImage>,
     folder: &Path,
-) -> Result<Inventory> {
+) -> Result<Enrolment> {
     let mut arguments = shape.arguments(image, None);
     arguments.push("-S".to_owned());
     let mut qemu = Qemu::start(program, &arguments, &folder.join("enrolment.errors"))?;
     let mut qmp = qemu.monitor()?;
     let recording = record(&mut qmp, folder).context("recording the dry run")?;
-    gate::learn(&recording, &format!("qemu/{}", shape.from.name()))
+    let dump = dump(program, shape, folder)?;
+    gate::learn(&recording, Some(&dump), &format!("qemu/{}", shape.from.name()))
+}
+
+/// What `-dump-vmstate` of the machine type writes.
+pub fn dump(program: &Program, shape: &Shape, folder: &Path) -> Result<Vec<u8>> {
+    let path = folder.join("descriptions");
+    let mut command = std::process::Command::new(&program.path);
+    command.args(&program.arguments).args(["-machine", &shape.machine(), "-dump-vmstate"]).arg(&path);
+    let output = command.output().context("asking QEMU for its descriptions")?;
+    ensure!(
+        output.status.success(),
+        "QEMU wrote no descriptions: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    std::fs::read(&path).with_context(|| format!("reading {}", path.display()))
 }
 
 /// Takes the whole stream of a QEMU, without a return path.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
-use types::inventory::Inventory;
+use types::inventory::Enrolment;
 
 use super::gate::{Gate, MAX_MULTIFD_CHANNELS};
 use super::passage::{Passage, Report};
@@ -201,7 +201,9 @@ impl Lab {
 
     fn journey(&self, shape: &Shape, folder: &Path, tally: &Mutex<Tally>) -> Result<()> {
         let image = Some(&self.image);
-        let inventory = enrol::inventory(self.program(shape.from)?, shape, image, folder)?;
+        // The record is of the first source, the catalogue of whoever reads.
+        let record = enrol::enrolment(self.program(shape.from)?, shape, image, folder)?.inventory;
+        let mut readers: BTreeMap<Version, Enrolment> = BTreeMap::new();
         let mut source = self.start(shape, shape.from, folder, "start", false)?;
         if shape.boots {
             source.wait_tick(BOOT_LIMIT).context("booting the guest")?;
@@ -213,7 +215,12 @@ impl Lab {
                 return Ok(());
             }
             let place = Place { shape, folder, number };
-            let (target, outcome) = self.hop(&mut source, hop, &place, &inventory)?;
+            if !readers.contains_key(&hop.to) {
+                let reader = enrol::enrolment(self.program(hop.to)?, shape, image, folder)?;
+                readers.insert(hop.to, Enrolment { inventory: record.clone(), ..reader });
+            }
+            let enrolled = readers.get(&hop.to).context("it was just made")?;
+            let (target, outcome) = self.hop(&mut source, hop, &place, enrolled)?;
             let kind = if shape.boots { "booted" } else { "fresh" };
             count(tally, |tally| {
                 let route = format!("{} to {}", from.name(), hop.to.name());
@@ -241,7 +248,7 @@ impl Lab {
         source: &mut Machine,
         hop: &Hop,
         place: &Place<'_>,
-        inventory: &Inventory,
+        enrolled: &Enrolment,
     ) -> Result<(Machine, Outcome)> {
         let name = format!("hop{}", place.number);
         let mut target = self.start(place.shape, hop.to, place.folder, &name, true)?;
@@ -251,7 +258,7 @@ impl Lab {
         }
         target.qmp.execute("migrate-incoming", json!({"uri": format!("unix:{}", to.display())}))?;
         let passage =
-            Passage::open(&from, &to, Gate::new(inventory, hop.multifd_channels)?, hop.multifd_channels)?;
+            Passage::open(&from, &to, Gate::new(enrolled, hop.multifd_channels)?, hop.multifd_channels)?;
         source.qmp.execute("migrate", json!({"uri": format!("unix:{}", from.display())}))?;
         let ends = ["completed", "failed", "cancelled"];
         let source_end = source.wait_migration(&ends);

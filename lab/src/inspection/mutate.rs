@@ -11,7 +11,7 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::Value;
-use types::inventory::Inventory;
+use types::inventory::Enrolment;
 
 use super::gate;
 use super::marks::{Area, Marks};
@@ -37,7 +37,7 @@ pub struct Base {
     /// The description at its end.
     pub description: Value,
     /// What it is compared with.
-    pub inventory: Inventory,
+    pub enrolled: Enrolment,
 }
 
 /// A change at one place of the base.
@@ -72,15 +72,21 @@ pub struct Mutant {
 
 impl Base {
     /// A base from a recording without a return path, and the recording that was enrolled.
-    pub fn new(name: &str, shape: &Shape, recording: &[u8], enrolled: &[u8]) -> Result<Self> {
-        let inventory = gate::learn(enrolled, "qemu/base")?;
+    pub fn new(
+        name: &str,
+        shape: &Shape,
+        recording: &[u8],
+        enrolled: &[u8],
+        dump: Option<&[u8]>,
+    ) -> Result<Self> {
+        let enrolled = gate::learn(enrolled, dump, "qemu/base")?;
         let configuration_end = Marks::of(recording)?.configuration_end;
         let mut stream = recording.to_vec();
         stream.splice(configuration_end..configuration_end, RETURN_PATH);
         let marks = Marks::of(&stream)?;
         let description = serde_json::from_slice(stream.get(marks.description.clone()).unwrap_or_default())
             .context("reading the description")?;
-        Ok(Self { name: name.to_owned(), shape: shape.clone(), stream, marks, description, inventory })
+        Ok(Self { name: name.to_owned(), shape: shape.clone(), stream, marks, description, enrolled })
     }
 
     /// One mutation: usually one act, sometimes two or three.

@@ -60,6 +60,8 @@ struct Core {
     gate: Gate,
     report: Report,
     holding_since: Option<Instant>,
+    /// Whether the main channel is complete.
+    main_ended: bool,
     /// Ways to the target's connections, by channel. No bound: a stream has one, and the source waits for nothing.
     to_target: Vec<Sender<Vec<u8>>>,
     connections: Vec<UnixStream>,
@@ -75,6 +77,7 @@ impl Passage {
             gate,
             report: Report::default(),
             holding_since: None,
+            main_ended: false,
             to_target: Vec::new(),
             connections: Vec::new(),
         };
@@ -245,7 +248,11 @@ impl Core {
         if self.gate.is_holding() {
             self.holding_since.get_or_insert_with(Instant::now);
         }
-        if channel == MAIN && self.gate.at_end(piece) && self.report.verdict.is_none() {
+        if channel == MAIN {
+            self.main_ended = self.gate.at_end(piece);
+        }
+        // QEMU has sent the other channels' last bytes by then, but their readers may not have read them.
+        if self.main_ended && self.gate.channels_complete() && self.report.verdict.is_none() {
             match self.gate.finish() {
                 Err(violation) => return Ok(Err(violation)),
                 Ok(held) => {

@@ -215,6 +215,13 @@ impl Inspector {
         Ok(HeldState { bytes, sections: judged.sections })
     }
 
+    /// Whether every multifd channel stands where the main channel's markers say that it ends. A relay that sees the end of
+    /// the main channel knows by this that nothing of the others is still on its way.
+    #[must_use]
+    pub fn channels_complete(&self) -> bool {
+        self.channels.check_end(&self.record).is_ok()
+    }
+
     /// Bytes fed so far, all channels.
     #[must_use]
     pub fn stream_bytes(&self) -> u64 {

@@ -53,7 +53,10 @@ mod tests {
             /rom@etc/acpi/tables    4 KiB  0x0000000004080000 0x0000000000020000 0x0000000000200000 0x00007fb296800000  ro\r\n";
         let blocks = parse(table);
         assert_eq!(blocks.len(), 2);
-        assert_eq!(blocks[1], RamBlock { name: "/rom@etc/acpi/tables".to_owned(), length_bytes: 0x20000, content: None });
+        assert_eq!(
+            blocks[1],
+            RamBlock { name: "/rom@etc/acpi/tables".to_owned(), length_bytes: 0x20000, content: None }
+        );
         assert!(parse("nonsense\n\n0x").is_empty());
     }
 }

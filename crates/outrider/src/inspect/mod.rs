@@ -7,7 +7,9 @@ use crate::args::{Compression, Format, Inspect};
 use crate::error::{Error, InputError, chain};
 use crate::output;
 use engine::inspect::devices::{Unvouched, compile};
-use engine::inspect::{Inspector, LearnError, Learned, Learner, Limits, Multifd, Refused, Unsupported, Violation};
+use engine::inspect::{
+    Inspector, LearnError, Learned, Learner, Limits, Multifd, Refused, Unsupported, Violation,
+};
 use recording::Recording;
 use report::{PagesView, Report, SectionView, Verdict, ViolationView};
 use std::path::Path;
@@ -180,7 +182,8 @@ fn read_enrolment(path: &Path) -> Result<Enrolment, Error> {
 /// Every channel's bytes, each as far as the others allow.
 fn feed(args: &Inspect, inspector: &mut Inspector) -> Result<Result<(), Refused>, Error> {
     let paths = std::iter::once(&args.main).chain(&args.channels);
-    let mut open = paths.map(|path| Ok(Some(Recording::open(path)?))).collect::<Result<Vec<_>, InputError>>()?;
+    let mut open =
+        paths.map(|path| Ok(Some(Recording::open(path)?))).collect::<Result<Vec<_>, InputError>>()?;
     let mut moved = true;
     while moved {
         moved = false;
