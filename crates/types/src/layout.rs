@@ -92,7 +92,7 @@ pub struct Field {
     /// When it is there; nothing means always.
     #[serde(rename = "w", default, skip_serializing_if = "Option::is_none")]
     pub when: Option<When>,
-    /// The bytes that it must hold.
+    /// What it held in the dry run, where a rule asks for the same.
     #[serde(rename = "p", default, skip_serializing_if = "Option::is_none")]
     pub pinned: Option<HexBytes>,
 }

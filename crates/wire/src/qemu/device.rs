@@ -5,8 +5,9 @@
 //! **unique cut**: QEMU consumes some number of bytes for a section and then demands the footer with that
 //! section's id and a known type byte behind it. When, in all the bytes that QEMU will ever get, only one place
 //! looks like that, QEMU either stops exactly there or gives up before it reads anything else. Where a section's
-//! own state may contain such a place by chance, its length must be known from its layout alone (see
-//! `layout_length`); anything else is refused.
+//! own state may contain such a place by chance, its length must be known from its layout alone: from a
+//! catalogue ([`DeviceState::read_with`]), or because it is one of the few with a [`fixed_length`]. Anything else is
+//! refused.
 
 use super::parser::{SectionHeader, command_name};
 use super::*;

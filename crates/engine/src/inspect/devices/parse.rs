@@ -201,13 +201,6 @@ impl<'t, 'b> Reader<'t, 'b> {
                     self.value(rule.rule, *at, &format!("{}.{}", layout.vmsd, field.name), breach)
                 })?;
             }
-            if let Some(pinned) = &field.pinned
-                && pinned.0 != *bytes
-            {
-                let rule = self.tables.rules(index, *place).next().map_or("INV-D5", |rule| rule.rule);
-                let name = format!("{}.{}", layout.vmsd, field.name);
-                return Err(self.value(rule, *at, &name, values::unpinned(&pinned.0, bytes)));
-            }
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ pub(super) fn all_rules() -> impl Iterator<Item = &'static ValueRule> {
 #[derive(Debug)]
 pub(super) struct Tables<'c> {
     layouts: &'c [Layout],
-    /// For each layout its rules, by the field's place; nothing for layouts without rules and pins.
+    /// For each layout its rules, by the field's place; nothing for layouts without rules.
     attached: Vec<Option<Vec<(usize, &'static ValueRule)>>>,
 }
 
@@ -34,8 +34,7 @@ impl<'c> Tables<'c> {
                         .extend(rules.iter().filter(|r| r.field == field.name).map(|rule| (place, *rule)));
                 }
             }
-            let watched = !attached.is_empty() || layout.fields.iter().any(|f| f.pinned.is_some());
-            watched.then_some(attached)
+            (!attached.is_empty()).then_some(attached)
         };
         Self { layouts, attached: layouts.iter().map(attach).collect() }
     }
@@ -56,15 +55,18 @@ impl<'c> Tables<'c> {
     }
 }
 
-/// Whether a field keeps a rule. Each element of an array is looked at on its own.
+/// Whether a field keeps a rule. Each element of an array is looked at on its own. What can't be judged breaks it: a
+/// field wider than a number, a pin without the dry run's bytes, a comparison with a field that is not there.
 pub(super) fn check(
     rule: &ValueRule,
     field: &Field,
     bytes: &[u8],
     fields: &Fields<'_, '_>,
 ) -> Result<(), Breach> {
-    if let Expect::Check(check) = rule.expect {
-        return check(fields);
+    match rule.expect {
+        Expect::Check(check) => return check(fields),
+        Expect::Pinned => return pin(field, bytes),
+        _ => {}
     }
     let size = match field.kind {
         Kind::Array(size, _) => size as usize,
@@ -75,12 +77,15 @@ pub(super) fn check(
 }
 
 fn check_element(expect: Expect, element: &[u8], fields: &Fields<'_, '_>) -> Result<(), Breach> {
-    let Some(held) = number(element) else { return Ok(()) };
+    let Some(held) = number(element) else {
+        let found = format!("{} bytes", element.len());
+        return Err(Breach { expected: "a number of up to 8 bytes".to_owned(), found });
+    };
     let breach = |holds: bool, expected: String| {
         if holds { Ok(()) } else { Err(Breach { expected, found: held.to_string() }) }
     };
     match expect {
-        // The pin is the field's own, and Check was called before.
+        // Judged as a whole, before.
         Expect::Pinned | Expect::Check(_) => Ok(()),
         Expect::AtMost(most) => breach(held <= most, format!("at most {most}")),
         Expect::Within(least, most) => {
@@ -99,8 +104,9 @@ fn check_element(expect: Expect, element: &[u8], fields: &Fields<'_, '_>) -> Res
             Err(Breach { expected: format!("from {least} to {most}"), found: held.to_string() })
         }
         Expect::AtMostField(other) => {
-            let most = fields.number(other).unwrap_or(0);
-            breach(held <= most, format!("at most {other}, {most}"))
+            let most = fields.number(other);
+            let shown = most.map_or_else(|| "absent".to_owned(), |most| most.to_string());
+            breach(most.is_some_and(|most| held <= most), format!("at most {other}, which is {shown}"))
         }
     }
 }
@@ -111,13 +117,17 @@ fn signed(value: u64, bytes: usize) -> i64 {
     value.checked_shl(spare).unwrap_or(0).cast_signed() >> spare.min(63)
 }
 
-/// How bytes differ from their pin; numbers are told, longer values not.
-pub(super) fn unpinned(pinned: &[u8], bytes: &[u8]) -> Breach {
-    match (number(pinned), number(bytes)) {
-        (Some(expected), Some(found)) => {
-            Breach { expected: format!("{expected}, as on the target"), found: found.to_string() }
-        }
-        _ => Breach { expected: "the same bytes as on the target".to_owned(), found: "others".to_owned() },
+/// Whether a field holds its pin, the dry run's bytes; numbers are told, longer values not.
+fn pin(field: &Field, bytes: &[u8]) -> Result<(), Breach> {
+    let breach =
+        |expected: &str, found: &str| Err(Breach { expected: expected.to_owned(), found: found.to_owned() });
+    let Some(pinned) = &field.pinned else { return breach("a field that the dry run has", "one more") };
+    if pinned.0 == bytes {
+        return Ok(());
+    }
+    match (number(&pinned.0), number(bytes)) {
+        (Some(expected), Some(found)) => breach(&format!("{expected}, as on the target"), &found.to_string()),
+        _ => breach("the same bytes as on the target", "others"),
     }
 }
 

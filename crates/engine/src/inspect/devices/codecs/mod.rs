@@ -14,7 +14,7 @@ pub(super) const VIRTQUEUE_MAX: u64 = 1024;
 pub(super) const RULES: &[ValueRule] = &[
     pinned("hpet", "num_timers"),
     pinned("hpet", "num_timers_save"),
-    ValueRule { vmsd: "PCIDevice", field: "version_id", rule: "INV-D7", expect: Expect::AtMost(2) },
+    ValueRule { vmsd: "PCIDevice", field: "version_id", rule: "INV-D7", expect: Expect::Pinned },
     ValueRule { vmsd: "PCIDevice", field: "irq_state", rule: "INV-D6", expect: Expect::AtMost(1) },
     ValueRule { vmsd: "globalstate", field: "size", rule: "INV-D8", expect: Expect::AtMost(100) },
     ValueRule { vmsd: "globalstate", field: "runstate", rule: "INV-D8", expect: Expect::Check(run_state) },

@@ -56,7 +56,9 @@ impl Shape {
     ) -> Result<Kind, Why> {
         let config = state.get(4..4 + self.config_space).unwrap_or_default();
         let space = plain_field("config", pci_config(config));
-        let fields = vec![bytes("version_id", 4), space, array("irq_state", 4, 4)];
+        let version = state.get(..4).map(|version| HexBytes(version.to_vec()));
+        let version = Field { pinned: version, ..bytes("version_id", 4) };
+        let fields = vec![version, space, array("irq_state", 4, 4)];
         let pci = builder.intern(with("PCIDevice", 2, fields))?;
         let layout = match self.vmsd {
             "virtio-net" => Some(self.net(builder)?),
