@@ -8,6 +8,7 @@ mod evidence;
 mod guest;
 mod packages;
 mod primitives;
+mod rules;
 mod run;
 mod test;
 

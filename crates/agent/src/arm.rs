@@ -1,12 +1,14 @@
 //! The permit, as the agent sees it: it trusts its daemon for the clock and the managers' keys, and checks the rest
 //! itself, so that a daemon can't be talked into a channel that the permit does not name.
 
+use engine::inspect::devices::Unvouched;
 use engine::inspect::{Inspector, Limits, Unsupported};
 use link::channel::{ChannelConfig, ChannelError, EphemeralKey};
 use permit::{KeyError, KeyRing, PermitRefusal, PermitToken, VerifiedPermit, VerifyingKey};
 use std::time::Duration;
 use types::handover::Side;
 use types::inventory::Inventory;
+use types::layout::Catalogue;
 use types::permit::PermitClaims;
 use types::{ErrorCode, MigrationId};
 
@@ -30,6 +32,8 @@ pub struct Armed {
     pub limits: Limits,
     /// What the stream must look like.
     pub inventory: Inventory,
+    /// What the target's own QEMU makes of its devices; the source needs none.
+    pub catalogue: Option<Catalogue>,
     /// How long the transfer may take from now: the duration budget or the run deadline, whichever is shorter.
     pub time_left: Duration,
 }
@@ -74,6 +78,9 @@ pub enum Refusal {
     /// It allows what can't be inspected, or the inventory is unusable.
     #[error("{0}")]
     Unsupported(Unsupported),
+    /// Devices would be refused one by one.
+    #[error("the permit asks for devices that a catalogue vouches for, and no catalogue was given")]
+    NoCatalogue,
     /// The other agent's key can't be used.
     #[error("{0}")]
     PeerKey(ChannelError),
@@ -99,7 +106,7 @@ pub fn arm(
     token_hex: &str,
     keys: &[(String, String)],
     now_unix_s: u64,
-    inventory: Inventory,
+    (inventory, catalogue): (Inventory, Option<Catalogue>),
 ) -> Result<Armed, Refusal> {
     let token = PermitToken::from_hex(token_hex).map_err(Refusal::Permit)?;
     let ring = key_ring(keys)?;
@@ -111,9 +118,15 @@ pub fn arm(
         return Err(Refusal::WrongMigration { named, ours: identity.migration });
     }
     let limits = Limits::of_permit(permit.claims()).map_err(Refusal::Unsupported)?;
-    Inspector::new(&inventory, &limits).map_err(Refusal::Unsupported)?;
+    if limits.multifd.is_some() {
+        return Err(Refusal::Unsupported(Unsupported::Feature { feature: "multifd" }));
+    }
+    if identity.side == Side::Target && catalogue.is_none() && limits.unvouched == Unvouched::Refuse {
+        return Err(Refusal::NoCatalogue);
+    }
+    Inspector::new(&inventory, catalogue.as_ref(), &limits).map_err(Refusal::Unsupported)?;
     let time_left = time_left(permit.claims(), now_unix_s);
-    Ok(Armed { permit, limits, inventory, time_left })
+    Ok(Armed { permit, limits, inventory, catalogue, time_left })
 }
 
 fn key_ring(keys: &[(String, String)]) -> Result<KeyRing, Refusal> {

@@ -13,10 +13,10 @@ use seccompiler::{
 };
 use std::collections::BTreeMap;
 
-/// Address space of an agent, beside the coverage map of its VM: buffers, held device state, the binary.
+/// Address space of an agent, beside the page maps of its VM: buffers, held device state, the binary.
 pub const MEMORY_BYTES: u64 = 256 << 20;
-/// The coverage map of the largest VM: a bit for each page of 4 KiB.
-const MAX_COVERAGE_BYTES: u64 = MAX_GUEST_BYTES / 4096 / 8;
+/// The page maps of the largest VM: two bits for each page of 4 KiB.
+const MAX_MAP_BYTES: u64 = MAX_GUEST_BYTES / 4096 / 4;
 /// Control socket, peer, QEMU, standard streams, and the few that are in flight.
 const MAX_DESCRIPTORS: u64 = 32;
 
@@ -53,8 +53,8 @@ pub fn enter() -> Result<String, SandboxError> {
 ///
 /// # Errors
 /// The limit could not be set.
-pub fn limit_memory(coverage_bytes: u64) -> Result<(), SandboxError> {
-    limit("memory", Resource::As, MEMORY_BYTES.saturating_add(coverage_bytes))
+pub fn limit_memory(map_bytes: u64) -> Result<(), SandboxError> {
+    limit("memory", Resource::As, MEMORY_BYTES.saturating_add(map_bytes))
 }
 
 fn limit(what: &'static str, resource: Resource, value: u64) -> Result<(), SandboxError> {
@@ -67,7 +67,7 @@ fn limits() -> Result<Vec<String>, SandboxError> {
     rustix::thread::set_no_new_privs(true).map_err(failed("no-new-privs"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("not-dumpable"))?;
     limit("core", Resource::Core, 0)?;
-    limit("memory", Resource::As, MEMORY_BYTES + MAX_COVERAGE_BYTES)?;
+    limit("memory", Resource::As, MEMORY_BYTES + MAX_MAP_BYTES)?;
     limit("descriptors", Resource::Nofile, MAX_DESCRIPTORS)?;
     limit("processes", Resource::Nproc, 0)?;
     Ok(["no-new-privs", "not-dumpable", "rlimits"].map(str::to_owned).to_vec())

@@ -13,17 +13,19 @@ use crate::queue::{OutQueue, Throttle};
 use crate::source::Source;
 use crate::target::Target;
 use crate::{log, sandbox};
-use engine::inspect::coverage_bytes;
+use engine::inspect::map_bytes;
 use link::channel::EphemeralKey;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use serde_json::json;
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 use types::agent::{Descriptor, EndedBy, FromAgent, ToAgent};
 use types::handover::Side;
 use types::inventory::Inventory;
+use types::layout::{Catalogue, MAX_CATALOGUE_BYTES};
 use types::migration::ChannelView;
 use types::{ErrorCode, MigrationId};
 use wire::frame::{self, Frame, HEADER_BYTES};
@@ -84,6 +86,8 @@ pub struct Session {
     key: EphemeralKey,
     identity: Option<Identity>,
     armed: Option<Armed>,
+    /// Of the target's own QEMU; goes into what is armed.
+    catalogue: Option<Catalogue>,
     /// An accepted connection whose handshake waits for the other side's first bytes, and until when.
     pending_peer: Option<(OwnedFd, Instant)>,
     peer: Option<Peer>,
@@ -109,6 +113,7 @@ impl Session {
             key,
             identity: None,
             armed: None,
+            catalogue: None,
             pending_peer: None,
             peer: None,
             peer_attached: false,
@@ -305,10 +310,10 @@ impl Session {
         let Some(identity) = self.identity.as_ref().filter(|_| self.armed.is_none()) else {
             return Err(refused(ErrorCode::WrongState, "ARM before HELLO, or a second one"));
         };
-        let coverage = coverage_bytes(&inventory);
-        let armed = arm(identity, permit, keys, now_unix_s, inventory)
+        let armed = arm(identity, permit, keys, now_unix_s, (inventory, self.catalogue.take()))
             .map_err(|refusal| refused(refusal.code(), &refusal.to_string()))?;
-        sandbox::limit_memory(coverage).map_err(|error| internal(error.to_string()))?;
+        let maps = map_bytes(&armed.inventory, &armed.limits);
+        sandbox::limit_memory(maps).map_err(|error| internal(error.to_string()))?;
         self.armed = Some(armed);
         self.control.report(&FromAgent::Armed)?;
         Ok(())
@@ -321,6 +326,9 @@ impl Session {
                 "ATTACH without a descriptor, or for a second channel",
             ));
         };
+        if kind == Descriptor::Catalogue {
+            return self.take_catalogue(fd);
+        }
         let Some(identity) = self.identity.as_ref().filter(|_| self.armed.is_some()) else {
             return Err(refused(ErrorCode::WrongState, "ATTACH before ARM"));
         };
@@ -341,6 +349,15 @@ impl Session {
             }
             _ => Err(refused(ErrorCode::WrongState, "ATTACH of a second descriptor of one kind")),
         }
+    }
+
+    fn take_catalogue(&mut self, fd: OwnedFd) -> Result<(), Stop> {
+        if self.armed.is_some() || self.catalogue.is_some() {
+            return Err(refused(ErrorCode::WrongState, "a catalogue after ARM, or a second one"));
+        }
+        let catalogue = read_catalogue(fd).map_err(|why| refused(ErrorCode::BadRequest, &why))?;
+        self.catalogue = Some(catalogue);
+        Ok(())
     }
 
     fn suspend(&mut self, on: bool) -> Result<(), Stop> {
@@ -644,6 +661,20 @@ impl Session {
         }
         told
     }
+}
+
+/// The daemon's own words, yet bounded and checked: it is as large as the VM's device tree.
+fn read_catalogue(fd: OwnedFd) -> Result<Catalogue, String> {
+    let limit = MAX_CATALOGUE_BYTES as u64 + 1;
+    let mut text = Vec::new();
+    std::fs::File::from(fd)
+        .take(limit)
+        .read_to_end(&mut text)
+        .map_err(|error| format!("the catalogue could not be read: {error}"))?;
+    if text.len() > MAX_CATALOGUE_BYTES {
+        return Err("the catalogue is larger than any".to_owned());
+    }
+    serde_json::from_slice(&text).map_err(|error| format!("the catalogue could not be understood: {error}"))
 }
 
 fn internal(detail: String) -> Stop {

@@ -11,7 +11,7 @@
 use crate::arm::Armed;
 use crate::effect::{Effect, End};
 use crate::log;
-use engine::inspect::{DEFAULT_DEVICE_STATE_BYTES, EndDetector};
+use engine::inspect::EndDetector;
 use serde_json::json;
 use std::time::{Duration, Instant};
 use types::agent::{EndedBy, FromAgent};
@@ -98,7 +98,11 @@ impl Source {
             time_budget: now + armed.time_left,
             downtime_budget: Duration::from_millis(claims.downtime_budget_ms).min(armed.time_left),
             stopped_since: None,
-            end: EndDetector::new(armed.inventory.page_size_bytes, DEFAULT_DEVICE_STATE_BYTES),
+            end: EndDetector::new(
+                &armed.inventory,
+                armed.limits.device_state_bytes,
+                armed.limits.multifd.is_some(),
+            ),
             end_lost_logged: false,
             last_byte: now,
             suspended: false,

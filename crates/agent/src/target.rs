@@ -48,7 +48,7 @@ impl Target {
     pub fn new(armed: &Armed, now: Instant) -> Result<Self, Unsupported> {
         Ok(Self {
             stage: Stage::Receiving,
-            inspector: Inspector::new(&armed.inventory, &armed.limits)?,
+            inspector: Inspector::new(&armed.inventory, armed.catalogue.as_ref(), &armed.limits)?,
             hasher: blake3::Hasher::new(),
             held_since: None,
             released_bytes: 0,
@@ -96,14 +96,14 @@ impl Target {
         }
         self.hasher.update(bytes);
         let released = &mut self.released_bytes;
-        let result = self.inspector.feed(bytes, &mut |piece| {
+        let result = self.inspector.feed(0, bytes, &mut |_channel: u16, piece: &[u8]| {
             *released += piece.len() as u64;
             release(piece);
         });
         if self.held_since.is_none() && self.inspector.held_bytes().is_some_and(|held| held > 0) {
             self.held_since = Some(now);
         }
-        result.map_err(|violation| vec![reject(finding(&violation, 0, "terminated"))])
+        result.map_err(|refused| vec![reject(finding(&refused.violation, refused.channel, "terminated"))])
     }
 
     /// A control frame of the other agent.
@@ -127,7 +127,7 @@ impl Target {
         let evidence = StreamEvidence { stream_bytes: self.inspector.stream_bytes(), digest };
         let state = match self.inspector.finish() {
             Ok(state) => state,
-            Err(violation) => return vec![reject(finding(&violation, 0, "terminated"))],
+            Err(refused) => return vec![reject(finding(&refused.violation, refused.channel, "terminated"))],
         };
         if evidence != claimed {
             return vec![reject(digest_finding(claimed, evidence))];
@@ -135,7 +135,11 @@ impl Target {
         let held_us = self.held_since.map_or(0, |since| micros(now.duration_since(since)));
         self.stage = Stage::Releasing { evidence, held_us };
         self.released_bytes += state.bytes.len() as u64;
-        log::line("info", "released", &[("devices", json!(state.devices)), ("held_us", json!(held_us))]);
+        log::line(
+            "info",
+            "released",
+            &[("devices", json!(state.sections.len())), ("held_us", json!(held_us))],
+        );
         vec![Effect::ToHypervisor(state.bytes)]
     }
 

@@ -27,7 +27,7 @@ fn armed() -> Armed {
     let permit = sign(&claims(ours.spki(), theirs.spki()));
     let identity = Identity { side: Side::Source, migration: migration(), key: ours };
     let inventory = learn(&streams::handmade(), "qemu/test").unwrap();
-    arm(&identity, &permit.token, &permit.keys, NOW_UNIX_S, inventory).unwrap()
+    arm(&identity, &permit.token, &permit.keys, NOW_UNIX_S, (inventory, None)).unwrap()
 }
 
 fn rule(effects: &[Effect]) -> Option<&str> {

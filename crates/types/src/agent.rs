@@ -19,6 +19,9 @@ pub enum Descriptor {
     Peer,
     /// The UNIX connection to QEMU.
     Hypervisor,
+    /// Target, before [`ToAgent::Arm`]: a file in memory that holds the catalogue of the VM's devices
+    /// ([`crate::layout::Catalogue`], JSON, at most [`crate::layout::MAX_CATALOGUE_BYTES`]).
+    Catalogue,
 }
 
 /// Daemon to agent.

@@ -1,5 +1,7 @@
 //! What a VM's stream must look like: enrolled from the VM's own QEMU, compared by the inspector.
 
+use crate::handover::Digest;
+use crate::layout::Catalogue;
 use serde::{Deserialize, Serialize};
 
 /// A VM's inventory as its record holds it.
@@ -20,6 +22,18 @@ pub struct Inventory {
     pub hypervisor: String,
 }
 
+/// All that an inspector must know of a VM on one QEMU, as one document: what `outrider inspect --learn` and
+/// `outrider vm inspect --save` write, and `outrider inspect --vm` reads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Enrolment {
+    /// The VM's inventory.
+    pub inventory: Inventory,
+    /// What that QEMU makes of its devices.
+    #[serde(default)]
+    pub catalogue: Option<Catalogue>,
+}
+
 /// One RAM block.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -28,6 +42,9 @@ pub struct RamBlock {
     pub name: String,
     /// Used length in bytes.
     pub length_bytes: u64,
+    /// BLAKE3 of its content, for firmware that never changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<Digest>,
 }
 
 /// One device section.

@@ -9,8 +9,10 @@ pub mod handover;
 pub mod host;
 pub mod id;
 pub mod inventory;
+pub mod layout;
 pub mod migration;
 pub mod permit;
+pub mod profile;
 pub mod vm;
 
 pub use error::{ErrorCode, Problem};

@@ -217,7 +217,7 @@ pub fn claims(source: &[u8], target: &[u8]) -> PermitClaims {
         duration_budget_ms: 120_000,
         downtime_budget_ms: 5_000,
         features: StreamFeatures::default(),
-        inspection_profile: "strict".to_owned(),
+        inspection_profile: "strict+report-unvouched".to_owned(),
         compatibility: "qemu/test".to_owned(),
     }
 }
