@@ -17,7 +17,7 @@ use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 
 use super::feed::{Fate, feed};
-use super::gate::{self, Violation};
+use super::gate::{self, Enrolled, Violation};
 use super::mutate::{Base, Mutant};
 use super::rng::Rng;
 use super::shape::{Chipset, Device, Shape};
@@ -281,7 +281,7 @@ impl Bench {
     }
 
     fn judge_unchanged(&self, base: &Base) -> Result<()> {
-        let passed = gate::judge(&base.inventory, &base.stream)?.context("the inspector refuses it")?;
+        let passed = gate::judge(&base.enrolled, &base.stream)?.context("the inspector refuses it")?;
         ensure!(passed == base.stream, "the inspector changed it");
         let fate = self.feed(base, &base.stream, 0)?;
         ensure!(fate == Fate::Completed, "QEMU does not complete it: {fate:?}");
@@ -339,7 +339,7 @@ impl Bench {
         tally: &mut Tally,
     ) -> Result<()> {
         let (base, mutant) = self.mutant(seed, case)?;
-        let verdict = gate::judge(&base.inventory, &mutant.stream)?;
+        let verdict = gate::judge(&base.enrolled, &mutant.stream)?;
         if let Ok(passed) = &verdict {
             ensure!(*passed == mutant.stream, "what was released is not what was sent");
         }
@@ -358,7 +358,7 @@ impl Bench {
     /// One case, told in full.
     fn show(&self, seed: u64, case: u64) -> Result<ExitCode> {
         let (base, mutant) = self.mutant(seed, case)?;
-        let verdict = gate::judge(&base.inventory, &mutant.stream)?.map(|_| ());
+        let verdict = gate::judge(&base.enrolled, &mutant.stream)?.map(|_| ());
         let outcome = Outcome { verdict, fate: Some(self.feed(base, &mutant.stream, 0)?) };
         report(seed, case, base, &mutant, &outcome)?;
         Ok(ExitCode::SUCCESS)
@@ -398,5 +398,8 @@ fn record(program: &Program, shape: &Shape, folder: &Path) -> Result<[Base; 2]> 
     let ran = enrol::record(&mut qmp, folder)?;
     let devices: String = shape.devices.iter().map(|device| format!(" {device:?}")).collect();
     let name = |state: &str| format!("{} {}{devices}, {state}", shape.from.name(), shape.machine());
-    Ok([Base::new(&name("fresh"), shape, &fresh, &fresh)?, Base::new(&name("ran"), shape, &ran, &fresh)?])
+    let dump = enrol::dump(program, shape, folder)?;
+    let enrolled = Enrolled::learn(&fresh, &fresh, Some(&dump))?;
+    let base = |state, stream| Base::new(&name(state), shape, stream, &enrolled);
+    Ok([base("fresh", &fresh)?, base("ran", &ran)?])
 }

@@ -3,13 +3,12 @@
 use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use types::inventory::Inventory;
 
-use super::gate;
 use super::shape::Shape;
 use crate::guest::GuestImage;
 use crate::process;
@@ -19,19 +18,28 @@ use crate::qmp::Qmp;
 /// A small guest's stream, on a machine that is busy with other things.
 const RECORDING_LIMIT: Duration = Duration::from_secs(60);
 
-/// A dry run: the command line of the VM, paused, its stream taken.
-pub fn inventory(
+/// A dry run: the stream of the VM's command line, paused, on this QEMU.
+pub fn dry_run(
     program: &Program,
     shape: &Shape,
     image: Option<&GuestImage>,
     folder: &Path,
-) -> Result<Inventory> {
+) -> Result<Vec<u8>> {
     let mut arguments = shape.arguments(image, None);
     arguments.push("-S".to_owned());
     let mut qemu = Qemu::start(program, &arguments, &folder.join("enrolment.errors"))?;
     let mut qmp = qemu.monitor()?;
-    let recording = record(&mut qmp, folder).context("recording the dry run")?;
-    gate::learn(&recording, &format!("qemu/{}", shape.from.name()))
+    record(&mut qmp, folder).context("recording the dry run")
+}
+
+/// What this QEMU says of the state of all its devices, for the VM's machine type.
+pub fn dump(program: &Program, shape: &Shape, folder: &Path) -> Result<Vec<u8>> {
+    let file = folder.join("dump");
+    let mut command = Command::new(&program.path);
+    command.args(&program.arguments).args(["-nodefaults", "-display", "none"]);
+    command.args(["-machine", &shape.machine(), "-dump-vmstate"]).arg(&file);
+    process::run(&mut command).context("dumping the descriptions of devices")?;
+    std::fs::read(&file).with_context(|| format!("reading {}", file.display()))
 }
 
 /// Takes the whole stream of a QEMU, without a return path.
