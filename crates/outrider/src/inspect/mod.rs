@@ -14,7 +14,7 @@ use std::path::Path;
 use types::inventory::{Enrolment, Inventory};
 use types::layout::MAX_CATALOGUE_BYTES;
 use wire::qemu::multifd::Method;
-use wire::qemu::return_path::PrecopyReturn;
+use wire::qemu::return_path::{Decoder, PrecopyReturn};
 
 /// Accepted, or learned.
 const DONE: u8 = 0;
@@ -198,16 +198,36 @@ fn feed(args: &Inspect, inspector: &mut Inspector) -> Result<Result<(), Refused>
     Ok(Ok(()))
 }
 
-/// What the target said; it is named as channel 0, whose other direction it is.
-fn inspect_return_path(path: &Path, pinged: bool) -> Result<Option<Refused>, Error> {
-    let (mut recording, mut checker) = (Recording::open(path)?, PrecopyReturn::new(pinged, true));
+/// What the target said. It is named as channel 0, whose other direction it is.
+fn inspect_return_path(path: &Path, return_path: bool) -> Result<Option<Refused>, Error> {
+    let (mut recording, mut decoder) = (Recording::open(path)?, Decoder::default());
+    let mut checker = PrecopyReturn::new(true);
+    if return_path {
+        checker.ping(1);
+    }
+    let mut read = 0u64;
+    let refuse = |offset, rule, expected: &str, found: String| {
+        let violation = Violation::new(rule, offset, "return path", expected, found);
+        Ok(Some(Refused { channel: 0, violation }))
+    };
     loop {
         let piece = recording.piece()?;
-        let outcome = if piece.is_empty() { checker.end() } else { checker.feed(piece, |_| {}) };
-        match outcome {
-            Err(violation) => return Ok(Some(Refused { channel: 0, violation })),
-            Ok(()) if piece.is_empty() => return Ok(None),
-            Ok(()) => {}
+        if piece.is_empty() {
+            break;
+        }
+        read += piece.len() as u64;
+        let mut verdict = Ok(());
+        let fed = decoder.feed(piece, |message| {
+            if verdict.is_ok() {
+                verdict = checker.check(&message);
+            }
+        });
+        if let Err(error) = verdict.and(fed) {
+            return refuse(read, error.rule(), "what pre-copy's return path may hold", error.to_string());
         }
     }
+    if !decoder.at_message_boundary() {
+        return refuse(read, "INV-P1", "whole messages", "the end inside one".to_owned());
+    }
+    Ok(None)
 }
