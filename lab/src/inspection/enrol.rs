@@ -3,13 +3,12 @@
 use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use types::inventory::Enrolment;
 
-use super::gate;
 use super::shape::Shape;
 use crate::guest::GuestImage;
 use crate::process;
@@ -19,34 +18,28 @@ use crate::qmp::Qmp;
 /// A small guest's stream, on a machine that is busy with other things.
 const RECORDING_LIMIT: Duration = Duration::from_secs(60);
 
-/// A dry run on one QEMU: the command line of the VM, paused, its stream taken, and the descriptions of its devices.
-pub fn enrolment(
+/// A dry run: the stream of the VM's command line, paused, on this QEMU.
+pub fn dry_run(
     program: &Program,
     shape: &Shape,
     image: Option<&GuestImage>,
     folder: &Path,
-) -> Result<Enrolment> {
+) -> Result<Vec<u8>> {
     let mut arguments = shape.arguments(image, None);
     arguments.push("-S".to_owned());
     let mut qemu = Qemu::start(program, &arguments, &folder.join("enrolment.errors"))?;
     let mut qmp = qemu.monitor()?;
-    let recording = record(&mut qmp, folder).context("recording the dry run")?;
-    let dump = dump(program, shape, folder)?;
-    gate::learn(&recording, Some(&dump), &format!("qemu/{}", shape.from.name()))
+    record(&mut qmp, folder).context("recording the dry run")
 }
 
-/// What `-dump-vmstate` of the machine type writes.
+/// What this QEMU says of the state of all its devices, for the VM's machine type.
 pub fn dump(program: &Program, shape: &Shape, folder: &Path) -> Result<Vec<u8>> {
-    let path = folder.join("descriptions");
-    let mut command = std::process::Command::new(&program.path);
-    command.args(&program.arguments).args(["-machine", &shape.machine(), "-dump-vmstate"]).arg(&path);
-    let output = command.output().context("asking QEMU for its descriptions")?;
-    ensure!(
-        output.status.success(),
-        "QEMU wrote no descriptions: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    std::fs::read(&path).with_context(|| format!("reading {}", path.display()))
+    let file = folder.join("dump");
+    let mut command = Command::new(&program.path);
+    command.args(&program.arguments).args(["-nodefaults", "-display", "none"]);
+    command.args(["-machine", &shape.machine(), "-dump-vmstate"]).arg(&file);
+    process::run(&mut command).context("dumping the descriptions of devices")?;
+    std::fs::read(&file).with_context(|| format!("reading {}", file.display()))
 }
 
 /// Takes the whole stream of a QEMU, without a return path.

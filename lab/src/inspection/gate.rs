@@ -1,25 +1,45 @@
 //! The inspector's interface as the lab uses it: the one place to touch when it changes.
 
 use anyhow::{Context, Result};
-use engine::inspect::devices::compile;
-use engine::inspect::{EndDetector, Inspector, Limits, Multifd};
-pub use engine::inspect::{Refused, Violation};
-use types::inventory::Enrolment;
+pub use engine::inspect::Violation;
+pub use engine::inspect::devices::Unvouched;
+use engine::inspect::{EndDetector, Inspector, Limits, Multifd, devices};
+use types::inventory::Inventory;
+use types::layout::Catalogue;
 use wire::qemu::multifd::Method;
 
 /// The main channel.
 pub const MAIN: u16 = 0;
-/// The most additional channels that the lab asks for.
+/// The most additional channels that the lab opens.
 pub const MAX_MULTIFD_CHANNELS: u16 = 8;
 
 /// A lab guest has 96 MiB and is sent a few times over at most.
 const MAX_STREAM_BYTES: u64 = 4 << 30;
+/// Well above the largest machine that the lab makes.
+const MAX_DEVICE_STATE_BYTES: usize = 16 << 20;
 
-/// What the enrolled VM's stream looks like on the QEMU that made the recording and the dump.
-pub fn learn(recording: &[u8], dump: Option<&[u8]>, hypervisor: &str) -> Result<Enrolment> {
-    let inventory = engine::inspect::learn(recording, hypervisor).context("learning from the dry run")?;
-    let catalogue = compile(recording, dump, hypervisor).context("compiling the catalogue")?;
-    Ok(Enrolment { inventory, catalogue: Some(catalogue) })
+/// What a VM's stream is compared with.
+#[derive(Debug, Clone)]
+pub struct Enrolled {
+    /// What the VM's own QEMU sends.
+    pub inventory: Inventory,
+    /// How the target's own QEMU reads device state.
+    pub catalogue: Catalogue,
+    /// What happens to a device whose layout nothing vouches for.
+    pub unvouched: Unvouched,
+}
+
+impl Enrolled {
+    /// From a dry run of the source's QEMU, one of the target's, and the target's description of its devices.
+    pub fn learn(source_dry_run: &[u8], target_dry_run: &[u8], target_dump: Option<&[u8]>) -> Result<Self> {
+        let inventory = engine::inspect::learn(source_dry_run, "qemu/source");
+        let catalogue = devices::compile(target_dry_run, target_dump, "qemu/target");
+        Ok(Self {
+            inventory: inventory.context("learning from the source's dry run")?,
+            catalogue: catalogue.context("compiling the target's catalogue")?,
+            unvouched: Unvouched::Refuse,
+        })
+    }
 }
 
 /// An inspector and what it released.
@@ -31,15 +51,21 @@ pub struct Gate {
 
 impl Gate {
     /// An inspector for this VM, with this many channels besides the main one.
-    pub fn new(enrolled: &Enrolment, multifd_channels: u16) -> Result<Self> {
+    pub fn new(enrolled: &Enrolled, multifd_channels: u16) -> Result<Self> {
         let multifd =
             (multifd_channels > 0).then_some(Multifd { channels: multifd_channels, method: Method::Plain });
-        let limits = Limits { stream_bytes: MAX_STREAM_BYTES, multifd, ..Limits::default() };
-        let inspector = Inspector::new(&enrolled.inventory, enrolled.catalogue.as_ref(), &limits)
-            .context("making the inspector")?;
-        let detector =
-            EndDetector::new(&enrolled.inventory, limits.device_state_bytes, limits.multifd.is_some());
-        Ok(Self { inspector, detector })
+        let limits = Limits {
+            stream_bytes: MAX_STREAM_BYTES,
+            device_state_bytes: MAX_DEVICE_STATE_BYTES,
+            multifd,
+            unvouched: enrolled.unvouched,
+            ..Limits::default()
+        };
+        let Enrolled { inventory, catalogue, .. } = enrolled;
+        Ok(Self {
+            inspector: Inspector::new(inventory, Some(catalogue), &limits).context("making the inspector")?,
+            detector: EndDetector::new(inventory, MAX_DEVICE_STATE_BYTES, multifd.is_some()),
+        })
     }
 
     /// Whether more of this channel may be read now.
@@ -53,20 +79,15 @@ impl Gate {
         &mut self,
         channel: u16,
         input: &[u8],
-        mut release: &mut dyn FnMut(u16, &[u8]),
+        release: &mut dyn FnMut(u16, &[u8]),
     ) -> Result<(), Violation> {
-        self.inspector.feed(channel, input, &mut release).map_err(|refused| refused.violation)
+        let mut out = |channel: u16, bytes: &[u8]| release(channel, bytes);
+        self.inspector.feed(channel, input, &mut out).map_err(|refused| refused.violation)
     }
 
-    /// The sender's side: takes bytes of the main channel and says whether the stream is complete with them.
+    /// The sender's side: takes bytes of the main channel and says whether it is complete with them.
     pub fn at_end(&mut self, input: &[u8]) -> bool {
         self.detector.feed(input)
-    }
-
-    /// Whether every other channel has come to its end as well.
-    #[must_use]
-    pub fn channels_complete(&self) -> bool {
-        self.inspector.channels_complete()
     }
 
     /// Whether device state is being held back.
@@ -75,14 +96,14 @@ impl Gate {
         self.inspector.held_bytes().is_some()
     }
 
-    /// Judges the whole; gives what was held of the main channel.
+    /// Judges the whole, all channels being complete; gives what was held of the main channel.
     pub fn finish(&mut self) -> Result<Vec<u8>, Violation> {
         self.inspector.finish().map(|held| held.bytes).map_err(|refused| refused.violation)
     }
 }
 
 /// The verdict on a whole main channel: what would have reached the target.
-pub fn judge(enrolled: &Enrolment, stream: &[u8]) -> Result<Result<Vec<u8>, Violation>> {
+pub fn judge(enrolled: &Enrolled, stream: &[u8]) -> Result<Result<Vec<u8>, Violation>> {
     let mut gate = Gate::new(enrolled, 0)?;
     let mut passed = Vec::with_capacity(stream.len());
     if let Err(violation) = gate.feed(MAIN, stream, &mut |_, bytes| passed.extend_from_slice(bytes)) {

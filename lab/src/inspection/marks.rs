@@ -93,7 +93,11 @@ impl Marks {
     /// The marks of a complete, good stream.
     pub fn of(stream: &[u8]) -> Result<Self> {
         let mut builder = Builder { stream, marks: Self::default(), open_part: 0, part_name: String::new() };
-        let options = ParserOptions { return_path_required: false, ..ParserOptions::default() };
+        let options = ParserOptions {
+            page_size_bytes: PAGE_SIZE_BYTES,
+            return_path_required: false,
+            ..ParserOptions::default()
+        };
         let mut parser = Parser::new(options);
         let mut events = |at: u64, event: Event<'_>| {
             builder.event(usize::try_from(at).unwrap_or(usize::MAX), &event);

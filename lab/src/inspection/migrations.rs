@@ -1,9 +1,11 @@
 //! Real migrations through the inspector: none may be refused.
 //!
 //! One VM moves several times, each target being the next source, since booting costs more than moving. Its
-//! inventory is enrolled once, by a dry run of the QEMU that it starts with, and holds for every hop.
+//! inventory is enrolled once, by a dry run of the QEMU that it starts with, and holds for every hop; how device state
+//! is read is learned from a dry run of each target's QEMU.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,11 +15,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
-use types::inventory::Enrolment;
 
-use super::gate::{Gate, MAX_MULTIFD_CHANNELS};
+use super::gate::{Enrolled, Gate, MAX_MULTIFD_CHANNELS, Unvouched};
 use super::passage::{Passage, Report};
-use super::shape::{Hop, Shape, Versions};
+use super::shape::{Device, Hop, Shape, Versions};
 use super::{Stop, enrol, keep, run_folder};
 use crate::guest::GuestImage;
 use crate::process;
@@ -45,6 +46,12 @@ struct Options {
     /// The QEMUs that take part.
     #[arg(long, value_enum, default_value_t = WhichVersions::Both)]
     version: WhichVersions,
+    /// The most channels besides the main one.
+    #[arg(long, default_value_t = MAX_MULTIFD_CHANNELS)]
+    max_multifd: u16,
+    /// Only report devices whose layout nothing vouches for, instead of refusing them.
+    #[arg(long)]
+    report_unvouched: bool,
     /// Only this case of the seed (what a message about a refusal names).
     #[arg(long)]
     case: Option<u64>,
@@ -117,7 +124,9 @@ pub fn run(arguments: &[String]) -> Result<ExitCode> {
         WhichVersions::V10 => Versions::Only(Version::V10),
         WhichVersions::Both => Versions::Both,
     };
-    let lab = Lab::new(Stop::on_signal()?, versions)?;
+    let mut lab = Lab::new(Stop::on_signal()?, versions)?;
+    lab.max_multifd = options.max_multifd;
+    lab.report_unvouched = options.report_unvouched;
     let tally = match options.case {
         Some(case) => lab.one(options.seed, case)?,
         None => lab.many(options.seed, options.count, options.jobs)?,
@@ -132,6 +141,8 @@ pub fn run(arguments: &[String]) -> Result<ExitCode> {
 pub struct Lab {
     stop: Stop,
     versions: Versions,
+    max_multifd: u16,
+    report_unvouched: bool,
     programs: BTreeMap<Version, Program>,
     image: GuestImage,
     folder: tempfile::TempDir,
@@ -148,7 +159,8 @@ impl Lab {
         let programs = programs.collect::<Result<_>>()?;
         let folder = run_folder()?;
         let image = GuestImage::locate()?.ticking(folder.path())?;
-        Ok(Self { stop, versions, programs, image, folder })
+        let max_multifd = MAX_MULTIFD_CHANNELS;
+        Ok(Self { stop, versions, max_multifd, report_unvouched: false, programs, image, folder })
     }
 
     /// As many VMs as it takes for this many migrations.
@@ -159,7 +171,7 @@ impl Lab {
             let worker = || -> Result<()> {
                 while !self.stop.is_set() {
                     let case = next_case.fetch_add(1, Ordering::AcqRel);
-                    let mut shape = Shape::of(seed, case, self.versions, MAX_MULTIFD_CHANNELS);
+                    let mut shape = Shape::of(seed, case, self.versions, self.max_multifd);
                     let hops = shape.hops.len();
                     let before = planned.fetch_add(hops as u64, Ordering::AcqRel);
                     let left = usize::try_from(count.saturating_sub(before)).unwrap_or(hops);
@@ -183,7 +195,7 @@ impl Lab {
 
     fn one(&self, seed: u64, case: u64) -> Result<Tally> {
         let tally = Mutex::new(Tally::default());
-        let shape = Shape::of(seed, case, self.versions, MAX_MULTIFD_CHANNELS);
+        let shape = Shape::of(seed, case, self.versions, self.max_multifd);
         eprintln!("{}", serde_json::to_string_pretty(&shape)?);
         self.vm(&shape, &tally)?;
         Ok(tally.into_inner().unwrap_or_else(PoisonError::into_inner))
@@ -200,10 +212,7 @@ impl Lab {
     }
 
     fn journey(&self, shape: &Shape, folder: &Path, tally: &Mutex<Tally>) -> Result<()> {
-        let image = Some(&self.image);
-        // The record is of the first source, the catalogue of whoever reads.
-        let record = enrol::enrolment(self.program(shape.from)?, shape, image, folder)?.inventory;
-        let mut readers: BTreeMap<Version, Enrolment> = BTreeMap::new();
+        let mut records = Records::new(self, shape, folder)?;
         let mut source = self.start(shape, shape.from, folder, "start", false)?;
         if shape.boots {
             source.wait_tick(BOOT_LIMIT).context("booting the guest")?;
@@ -215,11 +224,7 @@ impl Lab {
                 return Ok(());
             }
             let place = Place { shape, folder, number };
-            if !readers.contains_key(&hop.to) {
-                let reader = enrol::enrolment(self.program(hop.to)?, shape, image, folder)?;
-                readers.insert(hop.to, Enrolment { inventory: record.clone(), ..reader });
-            }
-            let enrolled = readers.get(&hop.to).context("it was just made")?;
+            let enrolled = records.of_target(hop.to)?;
             let (target, outcome) = self.hop(&mut source, hop, &place, enrolled)?;
             let kind = if shape.boots { "booted" } else { "fresh" };
             count(tally, |tally| {
@@ -248,7 +253,7 @@ impl Lab {
         source: &mut Machine,
         hop: &Hop,
         place: &Place<'_>,
-        enrolled: &Enrolment,
+        enrolled: &Enrolled,
     ) -> Result<(Machine, Outcome)> {
         let name = format!("hop{}", place.number);
         let mut target = self.start(place.shape, hop.to, place.folder, &name, true)?;
@@ -304,6 +309,40 @@ impl Lab {
 
 fn count(tally: &Mutex<Tally>, change: impl FnOnce(&mut Tally)) {
     change(&mut tally.lock().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// What a VM's streams are compared with: one inventory for its life, one catalogue for each target's version.
+struct Records<'a> {
+    lab: &'a Lab,
+    shape: &'a Shape,
+    folder: &'a Path,
+    source_dry_run: Vec<u8>,
+    by_target: BTreeMap<Version, Enrolled>,
+}
+
+impl<'a> Records<'a> {
+    fn new(lab: &'a Lab, shape: &'a Shape, folder: &'a Path) -> Result<Self> {
+        let source_dry_run = enrol::dry_run(lab.program(shape.from)?, shape, Some(&lab.image), folder)?;
+        Ok(Self { lab, shape, folder, source_dry_run, by_target: BTreeMap::new() })
+    }
+
+    fn of_target(&mut self, version: Version) -> Result<&Enrolled> {
+        let Self { lab, shape, folder, source_dry_run, by_target } = self;
+        match by_target.entry(version) {
+            Entry::Occupied(known) => Ok(known.into_mut()),
+            Entry::Vacant(unknown) => {
+                let program = lab.program(version)?;
+                let dry_run = enrol::dry_run(program, shape, Some(&lab.image), folder)?;
+                let dump = enrol::dump(program, shape, folder)?;
+                let mut enrolled = Enrolled::learn(source_dry_run, &dry_run, Some(&dump))?;
+                // Its state is written by hand; who uses it in earnest has to allow it as well.
+                if lab.report_unvouched || shape.devices.contains(&Device::UserNet) {
+                    enrolled.unvouched = Unvouched::Report;
+                }
+                Ok(unknown.insert(enrolled))
+            }
+        }
+    }
 }
 
 /// Which migration this is.

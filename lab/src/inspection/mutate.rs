@@ -11,9 +11,8 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::Value;
-use types::inventory::Enrolment;
 
-use super::gate;
+use super::gate::Enrolled;
 use super::marks::{Area, Marks};
 use super::rng::Rng;
 use super::shape::Shape;
@@ -37,7 +36,7 @@ pub struct Base {
     /// The description at its end.
     pub description: Value,
     /// What it is compared with.
-    pub enrolled: Enrolment,
+    pub enrolled: Enrolled,
 }
 
 /// A change at one place of the base.
@@ -71,22 +70,22 @@ pub struct Mutant {
 }
 
 impl Base {
-    /// A base from a recording without a return path, and the recording that was enrolled.
-    pub fn new(
-        name: &str,
-        shape: &Shape,
-        recording: &[u8],
-        enrolled: &[u8],
-        dump: Option<&[u8]>,
-    ) -> Result<Self> {
-        let enrolled = gate::learn(enrolled, dump, "qemu/base")?;
+    /// A base from a recording without a return path.
+    pub fn new(name: &str, shape: &Shape, recording: &[u8], enrolled: &Enrolled) -> Result<Self> {
         let configuration_end = Marks::of(recording)?.configuration_end;
         let mut stream = recording.to_vec();
         stream.splice(configuration_end..configuration_end, RETURN_PATH);
         let marks = Marks::of(&stream)?;
         let description = serde_json::from_slice(stream.get(marks.description.clone()).unwrap_or_default())
             .context("reading the description")?;
-        Ok(Self { name: name.to_owned(), shape: shape.clone(), stream, marks, description, enrolled })
+        Ok(Self {
+            name: name.to_owned(),
+            shape: shape.clone(),
+            stream,
+            marks,
+            description,
+            enrolled: enrolled.clone(),
+        })
     }
 
     /// One mutation: usually one act, sometimes two or three.

@@ -15,6 +15,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::net::RecvFlags;
 
 use super::gate::{Gate, MAIN, Violation};
 
@@ -60,11 +61,12 @@ struct Core {
     gate: Gate,
     report: Report,
     holding_since: Option<Instant>,
-    /// Whether the main channel is complete.
-    main_ended: bool,
     /// Ways to the target's connections, by channel. No bound: a stream has one, and the source waits for nothing.
     to_target: Vec<Sender<Vec<u8>>>,
     connections: Vec<UnixStream>,
+    /// The source's connections, by channel.
+    sources: Vec<UnixStream>,
+    main_ended: bool,
 }
 
 impl Passage {
@@ -77,9 +79,10 @@ impl Passage {
             gate,
             report: Report::default(),
             holding_since: None,
-            main_ended: false,
             to_target: Vec::new(),
             connections: Vec::new(),
+            sources: Vec::new(),
+            main_ended: false,
         };
         let shared = Arc::new(Shared {
             core: Mutex::new(core),
@@ -133,6 +136,7 @@ impl Shared {
             let _closed = connection.shutdown(Shutdown::Both);
         }
         core.to_target.clear();
+        core.sources.clear();
         self.changed.notify_all();
     }
 
@@ -178,6 +182,7 @@ impl Shared {
         {
             let mut core = self.core();
             core.connections.extend([share(&source)?, share(&target)?]);
+            core.sources.push(share(&source)?);
             core.to_target.push(sender);
             core.report.taken.push(Vec::new());
         }
@@ -200,70 +205,106 @@ impl Shared {
     }
 
     fn take(&self, channel: u16, mut source: UnixStream, first: Vec<u8>) -> Result<()> {
-        let mut chunk = first;
+        let mut chunk = vec![0; CHUNK_BYTES];
+        let mut length = first.len();
+        chunk[..length].copy_from_slice(&first);
         loop {
-            if !self.inspect(channel, &chunk)? {
+            let mut core = self.wanted(channel);
+            if length == 0 {
+                // There are bytes, so this does not wait. What is read is judged under the same lock: whoever finds the
+                // sockets empty knows that everything sent so far was judged.
+                length = source.read(&mut chunk).context("reading from the source")?;
+            }
+            let verdict = core.take(channel, &chunk[..length]);
+            self.changed.notify_all();
+            if let Err(violation) = verdict? {
+                core.report.verdict.get_or_insert(Err(violation));
+                drop(core);
                 self.cut();
                 return Ok(());
             }
-            chunk.resize(CHUNK_BYTES, 0);
-            match source.read(&mut chunk) {
-                // QEMU resets what it has not read to the end.
-                Ok(0) | Err(_) => return Ok(()),
-                Ok(length) => chunk.truncate(length),
+            if channel == MAIN && core.main_ended {
+                self.finish(core)?;
+            } else {
+                drop(core);
+            }
+            length = 0;
+            if !wait_readable(&source) {
+                return Ok(());
             }
         }
     }
 
-    /// Judges a piece of a channel and sends on what is released; false after a refusal.
-    fn inspect(&self, channel: u16, piece: &[u8]) -> Result<bool> {
+    /// The state, once the inspector wants more of this channel.
+    fn wanted(&self, channel: u16) -> MutexGuard<'_, Core> {
         let mut core = self.core();
         while !core.gate.wants(channel) && !self.is_ended() {
-            core = self.changed.wait(core).unwrap_or_else(std::sync::PoisonError::into_inner);
+            core = self.wait(core);
         }
-        if let Some(taken) = core.report.taken.get_mut(usize::from(channel)) {
-            taken.extend_from_slice(piece);
+        core
+    }
+
+    fn wait<'a>(&self, core: MutexGuard<'a, Core>) -> MutexGuard<'a, Core> {
+        let waited = self.changed.wait_timeout(core, POLL);
+        waited.unwrap_or_else(std::sync::PoisonError::into_inner).0
+    }
+
+    /// The main channel is complete: judges the whole once the others have no more bytes under way. QEMU sends its last
+    /// synchronisation on each of them before it ends the RAM section.
+    fn finish(&self, mut core: MutexGuard<'_, Core>) -> Result<()> {
+        while core.has_unread()? && !self.is_ended() {
+            core = self.wait(core);
         }
-        let result = core.feed(channel, piece);
-        self.changed.notify_all();
-        if let Err(violation) = result? {
-            core.report.verdict.get_or_insert(Err(violation));
-            return Ok(false);
+        if core.report.verdict.is_none() && core.finish()?.is_err() {
+            drop(core);
+            self.cut();
         }
-        Ok(true)
+        Ok(())
     }
 }
 
 impl Core {
-    fn feed(&mut self, channel: u16, piece: &[u8]) -> Result<Result<(), Violation>> {
+    /// Judges a piece of a channel and sends on what is released.
+    fn take(&mut self, channel: u16, piece: &[u8]) -> Result<Result<(), Violation>> {
+        if let Some(taken) = self.report.taken.get_mut(usize::from(channel)) {
+            taken.extend_from_slice(piece);
+        }
         let mut released = Vec::new();
         let verdict =
             self.gate.feed(channel, piece, &mut |channel, bytes| released.push((channel, bytes.to_vec())));
         for (channel, bytes) in released {
             self.send(channel, bytes)?;
         }
-        if let Err(violation) = verdict {
-            return Ok(Err(violation));
-        }
         if self.gate.is_holding() {
             self.holding_since.get_or_insert_with(Instant::now);
         }
-        if channel == MAIN {
-            self.main_ended = self.gate.at_end(piece);
-        }
-        // QEMU has sent the other channels' last bytes by then, but their readers may not have read them.
-        if self.main_ended && self.gate.channels_complete() && self.report.verdict.is_none() {
-            match self.gate.finish() {
-                Err(violation) => return Ok(Err(violation)),
-                Ok(held) => {
-                    self.report.held_bytes = held.len();
-                    self.send(MAIN, held)?;
-                    self.report.hold = self.holding_since.map(|since| since.elapsed());
-                    self.report.verdict = Some(Ok(()));
-                }
+        self.main_ended |= channel == MAIN && verdict.is_ok() && self.gate.at_end(piece);
+        Ok(verdict)
+    }
+
+    fn has_unread(&self) -> Result<bool> {
+        for source in self.sources.iter().skip(1) {
+            if rustix::io::ioctl_fionread(source).context("asking for unread bytes")? > 0 {
+                return Ok(true);
             }
         }
-        Ok(Ok(()))
+        Ok(false)
+    }
+
+    fn finish(&mut self) -> Result<Result<(), ()>> {
+        match self.gate.finish() {
+            Err(violation) => {
+                self.report.verdict = Some(Err(violation));
+                Ok(Err(()))
+            }
+            Ok(held) => {
+                self.report.held_bytes = held.len();
+                self.send(MAIN, held)?;
+                self.report.hold = self.holding_since.map(|since| since.elapsed());
+                self.report.verdict = Some(Ok(()));
+                Ok(Ok(()))
+            }
+        }
     }
 
     fn send(&self, channel: u16, bytes: Vec<u8>) -> Result<()> {
@@ -271,6 +312,17 @@ impl Core {
             bail!("channel {channel} is not connected");
         };
         way.send(bytes).ok().with_context(|| format!("the target has closed channel {channel}"))
+    }
+}
+
+/// Waits for bytes of the source; false at its end. QEMU resets what it has not read to the end.
+fn wait_readable(source: &UnixStream) -> bool {
+    loop {
+        match rustix::net::recv(source, &mut [0; 1], RecvFlags::PEEK) {
+            Ok((_, 1..)) => return true,
+            Err(rustix::io::Errno::INTR) => {}
+            _ => return false,
+        }
     }
 }
 
