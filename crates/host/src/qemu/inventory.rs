@@ -37,7 +37,7 @@ fn parse(table: &str) -> Vec<RamBlock> {
         let words: Vec<_> = line.split_whitespace().collect();
         let used = words.get(4)?.strip_prefix("0x")?;
         let length_bytes = u64::from_str_radix(used, 16).ok()?;
-        Some(RamBlock { name: (*words.first()?).to_owned(), length_bytes })
+        Some(RamBlock { name: (*words.first()?).to_owned(), length_bytes, content: None })
     };
     table.lines().filter_map(row).collect()
 }
@@ -53,7 +53,10 @@ mod tests {
             /rom@etc/acpi/tables    4 KiB  0x0000000004080000 0x0000000000020000 0x0000000000200000 0x00007fb296800000  ro\r\n";
         let blocks = parse(table);
         assert_eq!(blocks.len(), 2);
-        assert_eq!(blocks[1], RamBlock { name: "/rom@etc/acpi/tables".to_owned(), length_bytes: 0x20000 });
+        assert_eq!(
+            blocks[1],
+            RamBlock { name: "/rom@etc/acpi/tables".to_owned(), length_bytes: 0x20000, content: None }
+        );
         assert!(parse("nonsense\n\n0x").is_empty());
     }
 }
