@@ -66,7 +66,7 @@ fn an_answer_to_a_ping_that_was_never_sent_ends_the_source() {
 fn target_with(stream: &[u8]) -> (Target, Vec<u8>) {
     let mut target = Target::new(&armed(), Instant::now()).unwrap();
     let mut released = Vec::new();
-    target.data(stream, Instant::now(), &mut |piece| released.extend_from_slice(piece)).unwrap();
+    target.data(0, stream, Instant::now(), &mut |_, piece| released.extend_from_slice(piece)).unwrap();
     (target, released)
 }
 
@@ -80,11 +80,11 @@ fn digests_that_differ_release_no_device_state() {
         StreamEvidence { stream_bytes: good.stream_bytes + 1, ..good },
     ] {
         let (mut target, released) = target_with(&stream);
-        assert_eq!(rule(&target.control(Control::End(claimed), Instant::now())), Some("INV-E4"));
+        assert_eq!(rule(&target.control(0, Control::End(claimed), Instant::now())), Some("INV-E4"));
         assert_eq!(released.len(), streams::Marks::of(&stream).devices);
     }
     let (mut target, released) = target_with(&stream);
-    let effects = target.control(Control::End(good), Instant::now());
+    let effects = target.control(0, Control::End(good), Instant::now());
     let [Effect::ToHypervisor(held)] = &effects[..] else { panic!("{effects:?}") };
     assert!([released, held.clone()].concat() == stream);
 }
@@ -94,9 +94,9 @@ fn bytes_behind_the_end_are_dropped_with_the_peer() {
     let stream = streams::handmade();
     let (mut target, _) = target_with(&stream);
     let good = StreamEvidence { stream_bytes: stream.len() as u64, digest: Digest::of(&stream) };
-    target.control(Control::End(good), Instant::now());
+    target.control(0, Control::End(good), Instant::now());
     let mut released = 0;
-    let late = target.data(b"x", Instant::now(), &mut |piece| released += piece.len());
+    let late = target.data(0, b"x", Instant::now(), &mut |_, piece| released += piece.len());
     assert_eq!(late, Err(vec![Effect::DropPeer]));
     assert_eq!(released, 0);
 }
@@ -108,6 +108,6 @@ fn an_end_without_a_complete_stream_is_refused() {
     for (len, expect) in [(devices - 30, "INV-S10"), (devices + 40, "INV-E2")] {
         let (mut target, _) = target_with(&stream[..len]);
         let claimed = StreamEvidence { stream_bytes: len as u64, digest: Digest::of(&stream[..len]) };
-        assert_eq!(rule(&target.control(Control::End(claimed), Instant::now())), Some(expect));
+        assert_eq!(rule(&target.control(0, Control::End(claimed), Instant::now())), Some(expect));
     }
 }
