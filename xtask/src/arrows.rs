@@ -62,6 +62,8 @@ const ROOMS: [Room; 12] = [
         "outrider",
         &[
             "outrider-types",
+            "outrider-wire",
+            "outrider-engine",
             "outrider-api",
             "outrider-link",
             "outrider-manager",

@@ -7,6 +7,7 @@ mod check;
 mod guest;
 mod packages;
 mod primitives;
+mod rules;
 mod run;
 mod test;
 

@@ -1,6 +1,7 @@
 //! What a VM's stream must look like: enrolled from the VM's own QEMU, compared by the inspector.
 
 use crate::handover::Digest;
+use crate::layout::Catalogue;
 use serde::{Deserialize, Serialize};
 
 /// A VM's inventory as its record holds it.
@@ -19,6 +20,18 @@ pub struct Inventory {
     pub devices: Vec<DeviceSection>,
     /// Hypervisor and version, e.g. `qemu/10.0.2`.
     pub hypervisor: String,
+}
+
+/// All that an inspector must know of a VM on one QEMU, as one document: what `outrider inspect --learn` and
+/// `outrider vm inspect --save` write, and `outrider inspect --vm` reads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Enrolment {
+    /// The VM's inventory.
+    pub inventory: Inventory,
+    /// What that QEMU makes of its devices.
+    #[serde(default)]
+    pub catalogue: Option<Catalogue>,
 }
 
 /// One RAM block.

@@ -46,7 +46,7 @@ impl Record {
         };
         let blocks: BTreeMap<_, _> = inventory.ram_blocks.iter().map(enrolled).collect();
         let pages = pages(inventory);
-        let epochs = limits.multifd.is_some() && Style::of_machine(&inventory.machine) == Style::Strict;
+        let epochs = limits.multifd.is_some() && Style::of_machine(&inventory.machine).is_strict();
         Self {
             switchover_start_known: knows_switchover_start(&inventory.machine),
             machine: inventory.machine.clone(),
