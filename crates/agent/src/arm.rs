@@ -9,7 +9,7 @@ use std::time::Duration;
 use types::handover::Side;
 use types::inventory::Inventory;
 use types::layout::Catalogue;
-use types::permit::PermitClaims;
+use types::permit::{MAX_MULTIFD_CHANNELS, PermitClaims};
 use types::{ErrorCode, MigrationId};
 
 /// What [`types::agent::ToAgent::Hello`] settled.
@@ -30,6 +30,8 @@ pub struct Armed {
     pub permit: VerifiedPermit,
     /// What the permit allows of the stream.
     pub limits: Limits,
+    /// The main channel and the multifd ones.
+    pub lanes: usize,
     /// What the stream must look like.
     pub inventory: Inventory,
     /// What the target's own QEMU makes of its devices; the source needs none.
@@ -118,15 +120,18 @@ pub fn arm(
         return Err(Refusal::WrongMigration { named, ours: identity.migration });
     }
     let limits = Limits::of_permit(permit.claims()).map_err(Refusal::Unsupported)?;
-    if limits.multifd.is_some() {
-        return Err(Refusal::Unsupported(Unsupported::Feature { feature: "multifd" }));
+    let lanes = usize::from(limits.multifd.map_or(0, |multifd| multifd.channels)) + 1;
+    if lanes > usize::from(MAX_MULTIFD_CHANNELS) + 1 {
+        return Err(Refusal::Unsupported(Unsupported::Feature {
+            feature: "more channels than an agent can hold",
+        }));
     }
     if identity.side == Side::Target && catalogue.is_none() && limits.unvouched == Unvouched::Refuse {
         return Err(Refusal::NoCatalogue);
     }
     Inspector::new(&inventory, catalogue.as_ref(), &limits).map_err(Refusal::Unsupported)?;
     let time_left = time_left(permit.claims(), now_unix_s);
-    Ok(Armed { permit, limits, inventory, catalogue, time_left })
+    Ok(Armed { permit, limits, lanes, inventory, catalogue, time_left })
 }
 
 fn key_ring(keys: &[(String, String)]) -> Result<KeyRing, Refusal> {

@@ -17,8 +17,8 @@ use std::collections::BTreeMap;
 pub const MEMORY_BYTES: u64 = 256 << 20;
 /// The page maps of the largest VM: two bits for each page of 4 KiB.
 const MAX_MAP_BYTES: u64 = MAX_GUEST_BYTES / 4096 / 4;
-/// Control socket, peer, QEMU, standard streams, and the few that are in flight.
-const MAX_DESCRIPTORS: u64 = 32;
+/// Control socket, 17 lanes with peer and QEMU, standard streams, and the few that are in flight.
+const MAX_DESCRIPTORS: u64 = 64;
 
 /// Why the sandbox could not be entered.
 #[derive(Debug, thiserror::Error)]

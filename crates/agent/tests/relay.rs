@@ -127,10 +127,15 @@ fn permits_that_are_not_for_this_agent_are_refused() {
         sign(&another)
     });
     check("unknown-key-id", &|us| Permit { keys: Vec::new(), ..sign(&claims(us, &other)) });
-    check("multifd", &|us| {
+    check("more channels", &|us| {
         let mut wide = claims(us, &other);
-        wide.features.multifd_channels = 2;
+        wide.features.multifd_channels = 17;
         sign(&wide)
+    });
+    check("compression", &|us| {
+        let mut odd = claims(us, &other);
+        (odd.features.multifd_channels, odd.features.compression) = (2, "qpl".to_owned());
+        sign(&odd)
     });
     let early = refusal(Side::Source, |agent| agent.attach(Descriptor::Peer, tcp().0));
     assert!(early.starts_with("wrong-state"), "{early}");

@@ -89,6 +89,12 @@ pub struct Migrate {
     /// Where the caller believes it is; refused when wrong. Optional.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<HostName>,
+    /// Multifd channels beside the main one; the manager's default when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channels: Option<u16>,
+    /// `zlib` or `zstd` on those channels; none when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<String>,
     /// Never used before.
     pub nonce: Nonce,
     /// Milliseconds since the Unix epoch.

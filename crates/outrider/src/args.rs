@@ -325,11 +325,35 @@ pub(crate) struct Migrate {
     /// Where you believe it runs; refused when wrong
     #[arg(long, value_name = "HOST")]
     pub(crate) from: Option<HostName>,
+    /// Multifd channels for the memory, beside the main one [default: the manager's, 0 if not configured]
+    #[arg(long, value_name = "N")]
+    pub(crate) channels: Option<u16>,
+    /// Compress the memory on those channels
+    #[arg(long, value_name = "METHOD", requires = "channels")]
+    pub(crate) compression: Option<Compression>,
     /// Print the migration's id and do not wait
     #[arg(long)]
     pub(crate) detach: bool,
     #[command(flatten)]
     pub(crate) connection: Connection,
+}
+
+/// What QEMU compresses pages with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Compression {
+    /// Deflate
+    Zlib,
+    /// Zstandard
+    Zstd,
+}
+
+impl Compression {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Zlib => "zlib",
+            Self::Zstd => "zstd",
+        }
+    }
 }
 
 const REFERENCE: &str = "ID may be shortened to a unique prefix. A VM's name means its open migration.";

@@ -89,7 +89,11 @@ impl Agent {
     }
 
     pub fn attach(&self, descriptor: Descriptor, fd: impl AsFd) {
-        let packet = wire::packet::encode(&ToAgent::Attach { channel: 0, descriptor }).unwrap();
+        self.attach_lane(0, descriptor, fd);
+    }
+
+    pub fn attach_lane(&self, channel: u16, descriptor: Descriptor, fd: impl AsFd) {
+        let packet = wire::packet::encode(&ToAgent::Attach { channel, descriptor }).unwrap();
         let fds = [fd.as_fd()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -247,8 +251,8 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Agents with a permit, connected to each other, not yet to any QEMU.
-    pub fn connect(inventory: &Inventory, adjust: impl Fn(&mut PermitClaims)) -> Self {
+    /// Agents with a permit, not connected to anything yet.
+    pub fn armed(inventory: &Inventory, adjust: impl Fn(&mut PermitClaims)) -> Self {
         let mut source = Agent::start(Side::Source, migration());
         let mut target = Agent::start(Side::Target, migration());
         let mut claims = claims(&source.spki, &target.spki);
@@ -258,13 +262,19 @@ impl Pair {
             agent.arm(&permit, inventory);
             agent.wait(|m| matches!(m, FromAgent::Armed));
         }
+        Self { source, target, from_qemu: None, to_qemu: None }
+    }
+
+    /// Agents with a permit, connected to each other, not yet to any QEMU.
+    pub fn connect(inventory: &Inventory, adjust: impl Fn(&mut PermitClaims)) -> Self {
+        let mut pair = Self::armed(inventory, adjust);
         let (dialled, accepted) = tcp();
-        target.attach(Descriptor::Peer, &accepted);
-        source.attach(Descriptor::Peer, &dialled);
-        for agent in [&mut source, &mut target] {
+        pair.target.attach(Descriptor::Peer, &accepted);
+        pair.source.attach(Descriptor::Peer, &dialled);
+        for agent in [&mut pair.source, &mut pair.target] {
             agent.wait(|m| matches!(m, FromAgent::Connected { .. }));
         }
-        Self { source, target, from_qemu: None, to_qemu: None }
+        pair
     }
 
     /// The same, with the test as QEMU on both sides.

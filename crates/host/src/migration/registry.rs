@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::{mpsc, oneshot, watch};
 use types::handover::{AbortReason, HandoverKey, PriorRunState, RenounceRequest, Side, Statement};
 use types::inventory::Inventory;
+use types::permit::StreamFeatures;
 use types::vm::VmSpec;
 use types::{ErrorCode, MigrationId, Problem, VmId};
 
@@ -58,6 +59,14 @@ pub struct PrepareOrder {
     pub source_address: IpAddr,
     /// As the manager knows it; the permit's must be the same.
     pub source_daemon_key: Vec<u8>,
+}
+
+/// A target whose permit is consumed.
+struct Admitted {
+    machine: Target,
+    effects: Vec<engine::handover::target::Effect>,
+    features: StreamFeatures,
+    doomed: Option<Problem>,
 }
 
 /// `StartSource`, parsed.
@@ -222,7 +231,7 @@ impl Migrations {
         let agent = self.daemon.take_agent(order.migration, Side::Target);
         let (sender, prepared) = watch::channel(None);
         match self.admit_target(&order) {
-            Ok((machine, effects, doomed)) => {
+            Ok(Admitted { machine, effects, features, doomed }) => {
                 let (vm, mirror) = (machine.attempt().key.vm, Mirror::default());
                 let (reply, answered) = oneshot::channel();
                 let setup = target::Setup {
@@ -230,6 +239,7 @@ impl Migrations {
                     permit: hex::encode(&order.permit),
                     spec: order.spec,
                     inventory: order.inventory,
+                    features,
                     source_address: order.source_address,
                     doomed,
                     prepared: reply,
@@ -263,11 +273,7 @@ impl Migrations {
     }
 
     /// Everything that must hold before the permit is consumed, and what dooms the attempt although it is.
-    #[allow(clippy::type_complexity)]
-    fn admit_target(
-        &self,
-        order: &PrepareOrder,
-    ) -> Result<(Target, Vec<engine::handover::target::Effect>, Option<Problem>), Problem> {
+    fn admit_target(&self, order: &PrepareOrder) -> Result<Admitted, Problem> {
         let daemon = &self.daemon;
         let permit = verify(daemon, &order.permit, Side::Target, order.migration)?;
         let own_journal = lock(&daemon.journal).id();
@@ -283,7 +289,7 @@ impl Migrations {
         let mut store = lock(&daemon.journal);
         let (machine, effects) = Target::prepare(attempt(&permit), &mut store.ledger)
             .map_err(|_| PermitRefusal::Replayed.problem())?;
-        Ok((machine, effects, doomed))
+        Ok(Admitted { machine, effects, features: permit.claims().features.clone(), doomed })
     }
 
     fn dooms_target(&self, permit: &VerifiedPermit, order: &PrepareOrder) -> Result<(), Problem> {
@@ -295,6 +301,7 @@ impl Migrations {
         if order.inventory.machine.is_empty() || order.inventory.ram_blocks.is_empty() {
             return Err(Problem::new(ErrorCode::BadRequest, "the VM's inventory is empty"));
         }
+        claims.features.check_channels().map_err(|why| refused(&why))?;
         if self.daemon.vms.all().iter().any(|i| i.vm() == claims.key.vm) {
             return Err(Problem::new(
                 ErrorCode::VmAlreadyRunning,
@@ -531,6 +538,7 @@ impl StartingSource {
                     agent,
                     permit: hex::encode(&self.order.permit),
                     inventory: self.order.inventory,
+                    features: self.permit.claims().features.clone(),
                     data_address: self.order.data_address,
                     started: reply,
                 };
@@ -564,6 +572,7 @@ async fn ready_source(
     let key = permit.claims().key;
     let agent = agent.ok_or_else(|| Problem::new(ErrorCode::WrongState, "no VM agent was spawned for it"))?;
     permit.expect_agent_key(Side::Source, &agent.ready.spki).map_err(|r| r.problem())?;
+    permit.claims().features.check_channels().map_err(|why| refused(&why))?;
     let not_running = || Problem::new(ErrorCode::VmNotRunning, "the VM does not run on this host");
     let instance = daemon.vms.running(key.vm).ok_or_else(not_running)?;
     let record = instance.record();

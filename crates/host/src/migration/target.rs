@@ -2,6 +2,7 @@
 
 use super::attempt::AttemptFile;
 use super::hypervisor;
+use super::incoming::Incoming;
 use super::link::{AgentLink, next_of};
 use super::timers::Timers;
 use super::{
@@ -27,6 +28,7 @@ use tokio::sync::{mpsc, oneshot};
 use types::agent::{Descriptor, FromAgent, ToAgent};
 use types::handover::{AbortReason, Statement};
 use types::inventory::Inventory;
+use types::permit::StreamFeatures;
 use types::vm::VmSpec;
 use types::{ErrorCode, MigrationId, Problem};
 
@@ -50,6 +52,8 @@ pub struct Setup {
     pub spec: VmSpec,
     /// What its stream looks like.
     pub inventory: Inventory,
+    /// What the permit lets the stream use.
+    pub features: StreamFeatures,
     /// Only this peer may connect.
     pub source_address: IpAddr,
     /// Why it will fail, when that is known: the permit is consumed all the same.
@@ -81,8 +85,10 @@ pub struct TargetShell {
     own_inbox: mpsc::WeakSender<Input>,
     mirror: Mirror,
     agent: Option<AgentLink>,
-    hypervisor: Option<OwnedFd>,
+    incoming: Option<Incoming>,
     peer: Option<mpsc::Receiver<std::io::Result<OwnedFd>>>,
+    /// Connections of the source so far.
+    peers: u16,
     strangers: Option<mpsc::Receiver<SocketAddr>>,
     accepting: Option<tokio::task::JoinHandle<()>>,
     server: Option<PeerServer>,
@@ -125,8 +131,9 @@ impl TargetShell {
             own_inbox,
             mirror,
             agent: None,
-            hypervisor: None,
+            incoming: None,
             peer: None,
+            peers: 0,
             strangers: None,
             accepting: None,
             server: None,
@@ -315,10 +322,15 @@ impl TargetShell {
                 let detail = serde_json::to_value(&channel).unwrap_or_default();
                 self.daemon.event(migration, "connected", detail);
                 // Only now may anything reach QEMU: the peer has proved the key that the permit names (I3).
-                let handle = self.hypervisor.take()?;
-                let link = self.agent.as_ref()?;
-                let sent = link.agent().attach(0, Descriptor::Hypervisor, handle).await;
-                sent.err().map(|gone| Event::ChannelLost { detail: gone.to_string() })
+                let handle = self.incoming.as_mut()?.main()?;
+                self.give_hypervisor(0, handle).await
+            }
+            FromAgent::HypervisorWanted { channel } => {
+                let (incoming, instance) = (self.incoming.as_mut()?, self.instance.as_ref()?);
+                match incoming.wanted(channel, instance.process()).await {
+                    Ok(handle) => self.give_hypervisor(channel, handle).await,
+                    Err(problem) => Some(Event::ChannelLost { detail: problem.to_string() }),
+                }
             }
             FromAgent::Accepted { evidence, held_us, wire_bytes } => {
                 let detail = json!({
@@ -343,11 +355,18 @@ impl TargetShell {
         }
     }
 
+    async fn give_hypervisor(&self, channel: u16, handle: OwnedFd) -> Option<Event> {
+        let link = self.agent.as_ref()?;
+        let sent = link.agent().attach(channel, Descriptor::Hypervisor, handle).await;
+        sent.err().map(|gone| Event::ChannelLost { detail: gone.to_string() })
+    }
+
     async fn peer_connected(&mut self, accepted: std::io::Result<OwnedFd>) -> Option<Event> {
-        self.peer = None;
+        let channel = self.peers;
+        self.peers += 1;
         let attached = match (accepted, &self.agent) {
             (Ok(handle), Some(link)) => {
-                link.agent().attach(0, Descriptor::Peer, handle).await.map_err(|e| e.to_string())
+                link.agent().attach(channel, Descriptor::Peer, handle).await.map_err(|e| e.to_string())
             }
             (Ok(_), None) => Err("the VM agent is gone".to_owned()),
             (Err(error), _) => Err(error.to_string()),
@@ -456,9 +475,12 @@ impl TargetShell {
         let failed = |e: QmpError| Problem::new(ErrorCode::HypervisorFailed, e.to_string());
         let monitor = instance.monitor().await.map_err(failed)?;
         let socket = instance.paths().stream;
-        hypervisor::configure_target(&monitor, &socket.display().to_string()).await.map_err(failed)?;
-        self.hypervisor = Some(channel::connect_hypervisor(&socket, instance.process()).await?);
-        let data_address = self.accept_from(setup.source_address)?;
+        let connections = setup.features.connections();
+        hypervisor::configure_target(&monitor, &socket.display().to_string(), &setup.features)
+            .await
+            .map_err(failed)?;
+        self.incoming = Some(Incoming::of(socket, connections, instance.process()).await?);
+        let data_address = self.accept_from(setup.source_address, connections)?;
         let source = self.machine.attempt().source.clone();
         let server = PeerServer::bind(&self.daemon, &source, None, self.own_inbox.clone()).await?;
         let peer_address = server.address();
@@ -470,17 +492,14 @@ impl TargetShell {
         Ok((Prepared { data_address, peer_address }, hypervisor::facts(&instance)))
     }
 
-    fn accept_from(&mut self, source: IpAddr) -> Result<SocketAddr, Problem> {
+    fn accept_from(&mut self, source: IpAddr, connections: u16) -> Result<SocketAddr, Problem> {
         let (listener, address) = channel::listen(self.daemon.migration_address, self.daemon.data_ports)?;
         let (strangers_sender, strangers) = mpsc::channel(16);
         let (sender, peer) = mpsc::channel(1);
         self.strangers = Some(strangers);
         self.peer = Some(peer);
-        self.accepting = Some(tokio::spawn(async move {
-            let accepted = channel::accept_from(listener, source, strangers_sender).await;
-            // A shell that is gone needs no connection.
-            sender.send(accepted).await.ok();
-        }));
+        let work = channel::accept_from(listener, (source, connections), sender, strangers_sender);
+        self.accepting = Some(tokio::spawn(work));
         Ok(address)
     }
 
@@ -587,7 +606,7 @@ impl TargetShell {
 
     async fn close_agent(&mut self) {
         self.stop_accepting();
-        self.hypervisor = None;
+        self.incoming = None;
         if let Some(setup) = self.setup.as_mut()
             && let Some(idle) = setup.agent.take()
         {

@@ -54,6 +54,8 @@ pub struct World {
     pub hold: Vec<&'static str>,
     /// Statements from daemons are lost.
     pub deaf: bool,
+    /// What permits allow.
+    pub features: StreamFeatures,
 }
 
 #[derive(Clone)]
@@ -258,8 +260,8 @@ impl Manager {
             byte_budget: 1 << 32,
             duration_budget_ms: 600_000,
             downtime_budget_ms: 5_000,
-            features: StreamFeatures::default(),
-            inspection_profile: "default".to_owned(),
+            features: self.world.lock().unwrap().features.clone(),
+            inspection_profile: "strict+report-unvouched".to_owned(),
             compatibility: "qemu".to_owned(),
         };
         let token = permit::issue(&self.permit_key, "k1", &claims).unwrap();
