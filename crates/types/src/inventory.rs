@@ -1,6 +1,7 @@
 //! What a VM's stream must look like: enrolled from the VM's own QEMU, compared by the inspector.
 
 use crate::handover::Digest;
+use crate::layout::Catalogue;
 use serde::{Deserialize, Serialize};
 
 /// A VM's inventory as its record holds it.
@@ -19,6 +20,16 @@ pub struct Inventory {
     pub devices: Vec<DeviceSection>,
     /// Hypervisor and version, e.g. `qemu/10.0.2`.
     pub hypervisor: String,
+}
+
+/// A VM's enrolment as one document: what `vm inspect --save` writes and `inspect --vm` reads.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Enrolment {
+    /// What its stream must look like.
+    pub inventory: Inventory,
+    /// What the QEMU of the host that runs it makes of its devices; nothing when that host could not say.
+    pub catalogue: Option<Catalogue>,
 }
 
 /// One RAM block.
