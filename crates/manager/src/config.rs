@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use types::profile::InspectionProfile;
 use types::{ErrorCode, Name, Problem};
 
 /// Configuration of the manager.
@@ -33,6 +34,9 @@ pub struct Config {
     pub head_room_cpu_pressure_percent: u32,
     /// Most migrations at once, over the whole fleet.
     pub concurrent_migrations: u32,
+    /// How streams are inspected, as permits say it: `strict`, with `+signatures` or `+report-unvouched`.
+    #[serde(deserialize_with = "profile")]
+    pub inspection_profile: InspectionProfile,
     /// Budgets that permits carry.
     pub budgets: Budgets,
 }
@@ -66,6 +70,7 @@ impl Default for Config {
             head_room_memory_percent: 10,
             head_room_cpu_pressure_percent: 90,
             concurrent_migrations: 64,
+            inspection_profile: InspectionProfile::default(),
             budgets: Budgets::default(),
         }
     }
@@ -75,6 +80,10 @@ impl Default for Budgets {
     fn default() -> Self {
         Self { start_s: 60, run_s: 3_600, stream_memory_multiple: 16, downtime_ms: 5_000 }
     }
+}
+
+fn profile<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<InspectionProfile, D::Error> {
+    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
 impl Config {
@@ -184,5 +193,7 @@ mod tests {
         check("trust_domain = \"A B\"", Err("trust_domain"));
         check("join_token_minutes = 0", Err("join_token_minutes"));
         check("name = \"Bad Name\"", Err("name"));
+        check("inspection_profile = \"strict+report-unvouched\"", Ok(()));
+        check("inspection_profile = \"lax\"", Err("\"lax\" is no inspection profile"));
     }
 }
