@@ -12,7 +12,7 @@
 //! |---|---|
 //! | [`config`], [`folders`], [`identity`], [`mod@join`] | who this host is, and where its things are |
 //! | [`qmp`], [`qemu`], [`vms`] | QEMU: monitor, command line, life cycle, adoption |
-//! | [`cgroup`], [`freezer`], [`process`], [`load`] | the kernel's side: groups, freezing with proof, pid descriptors |
+//! | [`cgroup`], [`freezer`], [`process`], [`sweep`], [`load`] | the kernel's side: groups, freezing with proof, pid descriptors |
 //! | [`journal`], [`daemon`], [`outbox`] | what is written down, shared, and told |
 //! | [`agents`], [`channel`], [`peer`] | processes and sockets of one migration |
 //! | [`migration`] | the hand-over |
@@ -39,6 +39,7 @@ pub mod qemu;
 pub mod qmp;
 mod rpc;
 pub mod session;
+pub mod sweep;
 pub mod vms;
 
 pub use config::{Config, JoinConfig, PortRange};
