@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::{mpsc, oneshot, watch};
 use types::handover::{AbortReason, HandoverKey, PriorRunState, RenounceRequest, Side, Statement};
 use types::inventory::Inventory;
+use types::profile::{InspectionProfile, UnknownProfile};
 use types::vm::VmSpec;
 use types::{ErrorCode, MigrationId, Problem, VmId};
 
@@ -222,7 +223,7 @@ impl Migrations {
         let agent = self.daemon.take_agent(order.migration, Side::Target);
         let (sender, prepared) = watch::channel(None);
         match self.admit_target(&order) {
-            Ok((machine, effects, doomed)) => {
+            Ok((machine, effects, profile)) => {
                 let (vm, mirror) = (machine.attempt().key.vm, Mirror::default());
                 let (reply, answered) = oneshot::channel();
                 let setup = target::Setup {
@@ -231,7 +232,7 @@ impl Migrations {
                     spec: order.spec,
                     inventory: order.inventory,
                     source_address: order.source_address,
-                    doomed,
+                    profile,
                     prepared: reply,
                 };
                 bridge(answered, sender);
@@ -264,10 +265,7 @@ impl Migrations {
 
     /// Everything that must hold before the permit is consumed, and what dooms the attempt although it is.
     #[allow(clippy::type_complexity)]
-    fn admit_target(
-        &self,
-        order: &PrepareOrder,
-    ) -> Result<(Target, Vec<engine::handover::target::Effect>, Option<Problem>), Problem> {
+    fn admit_target(&self, order: &PrepareOrder) -> Result<AdmittedTarget, Problem> {
         let daemon = &self.daemon;
         let permit = verify(daemon, &order.permit, Side::Target, order.migration)?;
         let own_journal = lock(&daemon.journal).id();
@@ -279,14 +277,19 @@ impl Migrations {
             return Err(PermitRefusal::Replayed.problem());
         }
         AttemptFile::new(&permit, None).save(daemon).map_err(|e| e.problem())?;
-        let doomed = self.dooms_target(&permit, order).err();
+        let profile = self.dooms_target(&permit, order);
         let mut store = lock(&daemon.journal);
         let (machine, effects) = Target::prepare(attempt(&permit), &mut store.ledger)
             .map_err(|_| PermitRefusal::Replayed.problem())?;
-        Ok((machine, effects, doomed))
+        Ok((machine, effects, profile))
     }
 
-    fn dooms_target(&self, permit: &VerifiedPermit, order: &PrepareOrder) -> Result<(), Problem> {
+    /// What is known to fail already; else how the permit wants the stream inspected.
+    fn dooms_target(
+        &self,
+        permit: &VerifiedPermit,
+        order: &PrepareOrder,
+    ) -> Result<InspectionProfile, Problem> {
         let claims = permit.claims();
         permit.expect_vm(&order.spec.uuid, &order.spec.digest()).map_err(|r| r.problem())?;
         if claims.source.daemon_key != order.source_daemon_key {
@@ -301,7 +304,7 @@ impl Migrations {
                 "this host holds a copy of the VM already",
             ));
         }
-        Ok(())
+        claims.inspection_profile.parse().map_err(|e: UnknownProfile| refused(&e.to_string()))
     }
 
     /// Starts a source. Repeating the order is harmless and is answered the same.
@@ -502,6 +505,9 @@ fn holder(daemon: &Daemon, facts: &QemuFacts) -> Option<Arc<Instance>> {
 }
 
 /// A source between its order and its machine.
+/// A target's machine with its first effects, and how its stream is inspected, or why it will fail.
+type AdmittedTarget = (Target, Vec<engine::handover::target::Effect>, Result<InspectionProfile, Problem>);
+
 struct StartingSource {
     migrations: Arc<Migrations>,
     permit: VerifiedPermit,
