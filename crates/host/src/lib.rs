@@ -85,9 +85,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     let migrations = Migrations::new(daemon.clone());
     migrations.recover();
     end_stray_targets(&daemon, &migrations).await;
-    if let Err(problem) = daemon.vms.binary().await {
+    match daemon.vms.binary().await {
+        Ok(binary) => daemon.vms.identify(&binary).await,
         // VMs that run here are none the worse for it; orders that need it say so again.
-        tracing::warn!(%problem, "no VM can be started or received here");
+        Err(problem) => tracing::warn!(%problem, "no VM can be started or received here"),
     }
     daemon.spawner.refill();
     let meter = LoadMeter::new(Hierarchies::detect().group(&config.cgroup).parent());

@@ -176,6 +176,13 @@ impl Vms {
         Ok(inventory)
     }
 
+    /// Reads the QEMU program once, so that no migration waits for that.
+    pub async fn identify(&self, binary: &Binary) {
+        if let Err(error) = self.catalogues.identify(binary).await {
+            tracing::warn!(problem = %error.problem(), "no VM can be started or received here");
+        }
+    }
+
     /// What this host's QEMU makes of a VM's devices; made now unless it is known.
     ///
     /// # Errors

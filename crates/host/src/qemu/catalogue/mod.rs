@@ -122,6 +122,16 @@ impl Catalogues {
         })
     }
 
+    /// Reads the program, which later keys know by its file's size and times.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub async fn identify(self: &Arc<Self>, binary: &Binary) -> Result<(), CatalogueError> {
+        let (own, binary) = (self.clone(), binary.clone());
+        let worked = tokio::task::spawn_blocking(move || own.programs.identify(&binary).map(|_| ())).await;
+        worked.map_err(|e| CatalogueError::Broken(e.to_string()))?.map_err(CatalogueError::Program)
+    }
+
     /// What names the shape of a VM on this QEMU.
     ///
     /// # Errors
