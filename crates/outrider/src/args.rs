@@ -271,6 +271,8 @@ pub(crate) enum VmCommand {
     List(ListVms),
     /// Show one VM
     Show(OneVm),
+    /// Show what a VM's stream is compared with: memory, firmware, devices, and what vouches for each device
+    Inspect(InspectVm),
     /// Start a VM on a host
     Start(StartVm),
     /// Stop a VM; its record stays
@@ -295,6 +297,17 @@ pub(crate) struct ListVms {
 pub(crate) struct OneVm {
     /// The VM
     pub(crate) vm: Name,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectVm {
+    /// The VM
+    pub(crate) vm: Name,
+    /// Write the enrolment document here, as `inspect --vm` reads it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }
