@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use types::host::{Capacity, HostSpec, HostState, Interface, Load};
-use types::inventory::Inventory;
+use types::inventory::{Enrolment, Inventory};
 use types::vm::{VmSpec, VmState};
 use types::{HostName, MigrationId, Name, Nonce};
 
@@ -68,6 +68,19 @@ pub struct VmView {
     pub migration: Option<MigrationId>,
     /// As enrolled when it started.
     pub inventory: Option<Inventory>,
+}
+
+/// `GET /v1/vms/{name}/inspection`: what the stream of a VM is compared with.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmInspection {
+    /// The VM.
+    pub vm: Name,
+    /// Host that holds it; the catalogue is of its QEMU.
+    pub host: Option<HostName>,
+    /// As enrolled when it started, with that host's catalogue.
+    pub enrolment: Enrolment,
+    /// Why there is no catalogue.
+    pub catalogue_missing: Option<String>,
 }
 
 /// `POST /v1/vms/{name}/start`.

@@ -4,6 +4,7 @@ use serde::Deserialize;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use types::permit::MAX_MULTIFD_CHANNELS;
+use types::profile::InspectionProfile;
 use types::{ErrorCode, Name, Problem};
 
 /// Configuration of the manager.
@@ -38,6 +39,9 @@ pub struct Config {
     pub multifd_channels: u16,
     /// Most multifd channels that may be asked for.
     pub multifd_channels_max: u16,
+    /// How streams are inspected, as permits say it: `strict`, with `+signatures` or `+report-unvouched`.
+    #[serde(deserialize_with = "profile")]
+    pub inspection_profile: InspectionProfile,
     /// Budgets that permits carry.
     pub budgets: Budgets,
 }
@@ -73,6 +77,7 @@ impl Default for Config {
             concurrent_migrations: 64,
             multifd_channels: 0,
             multifd_channels_max: MAX_MULTIFD_CHANNELS,
+            inspection_profile: InspectionProfile::default(),
             budgets: Budgets::default(),
         }
     }
@@ -82,6 +87,10 @@ impl Default for Budgets {
     fn default() -> Self {
         Self { start_s: 60, run_s: 3_600, stream_memory_multiple: 16, downtime_ms: 5_000 }
     }
+}
+
+fn profile<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<InspectionProfile, D::Error> {
+    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
 impl Config {
@@ -199,5 +208,7 @@ mod tests {
         check("multifd_channels = 4", Ok(()));
         check("multifd_channels_max = 17", Err("multifd_channels_max"));
         check("multifd_channels = 4\nmultifd_channels_max = 2", Err("multifd_channels_max"));
+        check("inspection_profile = \"strict+report-unvouched\"", Ok(()));
+        check("inspection_profile = \"lax\"", Err("\"lax\" is no inspection profile"));
     }
 }

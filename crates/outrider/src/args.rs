@@ -273,6 +273,8 @@ pub(crate) enum VmCommand {
     List(ListVms),
     /// Show one VM
     Show(OneVm),
+    /// Show what a VM's stream is compared with: memory, firmware, devices, and what vouches for each device
+    Inspect(InspectVm),
     /// Start a VM on a host
     Start(StartVm),
     /// Stop a VM; its record stays
@@ -297,6 +299,17 @@ pub(crate) struct ListVms {
 pub(crate) struct OneVm {
     /// The VM
     pub(crate) vm: Name,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectVm {
+    /// The VM
+    pub(crate) vm: Name,
+    /// Write the enrolment document here, as `inspect --vm` reads it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }
@@ -483,24 +496,14 @@ pub(crate) struct Inspect {
     #[arg(long, value_name = "FILE", requires = "learn")]
     pub(crate) dump_vmstate: Option<PathBuf>,
     /// How pages are packed on the multifd channels
-    #[arg(long, value_enum, default_value_t, value_name = "METHOD")]
-    pub(crate) compression: Compression,
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub(crate) compression: Option<Compression>,
     /// Reject a stream without a return path, as a migration would be
     #[arg(long)]
     pub(crate) require_return_path: bool,
     /// Let devices through that the inventory's catalogue cannot vouch for
     #[arg(long)]
     pub(crate) report_unvouched: bool,
-}
-
-/// How pages are packed on multifd channels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub(crate) enum Compression {
-    // As they are
-    #[default]
-    None,
-    Zlib,
-    Zstd,
 }
 
 #[derive(Debug, Args)]

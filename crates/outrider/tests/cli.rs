@@ -141,6 +141,31 @@ fn missing_settings_are_named() {
 }
 
 #[test]
+fn vm_inspect_shows_and_saves_the_enrolment() {
+    let enrolment = json!({"inventory": {"machine": "pc-q35-10.0", "page_size_bytes": 4096,
+        "hypervisor": "qemu/10.0.2", "ram_blocks": [{"name": "pc.ram", "length_bytes": 1 << 26}],
+        "devices": [{"name": "timer", "instance": 0, "version": 2}]}, "catalogue": null});
+    let answer =
+        json!({"vm": "web-1", "host": null, "enrolment": enrolment, "catalogue_missing": "it is off"});
+    let manager = FakeManager::start(move |_, _| Reply::ok(&answer));
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("vm.json");
+    let arguments = ["vm", "inspect", "web-1", "--save", file.to_str().unwrap()];
+    let ended = run(manager.outrider(), &arguments);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert!(ended.stdout.contains("timer") && ended.stdout.contains("it is off"), "{}", ended.stdout);
+    assert_eq!(manager.asked()[0].line, "GET /v1/vms/web-1/inspection");
+    let saved: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!(saved, enrolment);
+    let shown = run(manager.outrider(), &["vm", "inspect", "web-1", "--output", "json"]);
+    let shown: Value = serde_json::from_str(&shown.stdout).unwrap();
+    assert_eq!(shown["enrolment"], enrolment);
+    let nowhere = run(manager.outrider(), &["vm", "inspect", "web-1", "--save", "/no/such/folder/vm.json"]);
+    assert_eq!(nowhere.code, 2, "{}", nowhere.stderr);
+    assert!(nowhere.stderr.contains("cannot write /no/such/folder/vm.json"), "{}", nowhere.stderr);
+}
+
+#[test]
 fn the_token_goes_with_every_request() {
     let manager = FakeManager::start(|_, _| Reply::ok("[]"));
     assert_eq!(

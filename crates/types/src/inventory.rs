@@ -22,14 +22,13 @@ pub struct Inventory {
     pub hypervisor: String,
 }
 
-/// All that an inspector must know of a VM on one QEMU, as one document: what `outrider inspect --learn` and
-/// `outrider vm inspect --save` write, and `outrider inspect --vm` reads.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A VM's enrolment as one document: what `vm inspect --save` and `inspect --learn` write, and `inspect --vm` reads.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Enrolment {
-    /// The VM's inventory.
+    /// What its stream must look like.
     pub inventory: Inventory,
-    /// What that QEMU makes of its devices.
+    /// What the QEMU of the host that runs it makes of its devices; nothing when that host could not say.
     #[serde(default)]
     pub catalogue: Option<Catalogue>,
 }

@@ -256,6 +256,12 @@ pub enum CatalogueError {
 }
 
 impl Catalogue {
+    /// The section of that name and instance.
+    #[must_use]
+    pub fn section(&self, name: &str, instance: u32) -> Option<&SectionLayout> {
+        self.sections.iter().find(|section| section.name == name && section.instance == instance)
+    }
+
     /// Checks the bounds that keep the reading of a stream by this catalogue finite and shallow.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use types::handover::{AbortReason, HandoverKey, PriorRunState, RenounceRequest, Side, Statement};
 use types::inventory::Inventory;
 use types::permit::StreamFeatures;
+use types::profile::{InspectionProfile, UnknownProfile};
 use types::vm::VmSpec;
 use types::{ErrorCode, MigrationId, Problem, VmId};
 
@@ -66,7 +67,8 @@ struct Admitted {
     machine: Target,
     effects: Vec<engine::handover::target::Effect>,
     features: StreamFeatures,
-    doomed: Option<Problem>,
+    /// How the stream is inspected; or why it will fail, when that is known.
+    profile: Result<InspectionProfile, Problem>,
 }
 
 /// `StartSource`, parsed.
@@ -231,7 +233,7 @@ impl Migrations {
         let agent = self.daemon.take_agent(order.migration, Side::Target);
         let (sender, prepared) = watch::channel(None);
         match self.admit_target(&order) {
-            Ok(Admitted { machine, effects, features, doomed }) => {
+            Ok(Admitted { machine, effects, features, profile }) => {
                 let (vm, mirror) = (machine.attempt().key.vm, Mirror::default());
                 let (reply, answered) = oneshot::channel();
                 let setup = target::Setup {
@@ -241,7 +243,7 @@ impl Migrations {
                     inventory: order.inventory,
                     features,
                     source_address: order.source_address,
-                    doomed,
+                    profile,
                     prepared: reply,
                 };
                 bridge(answered, sender);
@@ -285,14 +287,19 @@ impl Migrations {
             return Err(PermitRefusal::Replayed.problem());
         }
         AttemptFile::new(&permit, None).save(daemon).map_err(|e| e.problem())?;
-        let doomed = self.dooms_target(&permit, order).err();
+        let profile = self.dooms_target(&permit, order);
         let mut store = lock(&daemon.journal);
         let (machine, effects) = Target::prepare(attempt(&permit), &mut store.ledger)
             .map_err(|_| PermitRefusal::Replayed.problem())?;
-        Ok(Admitted { machine, effects, features: permit.claims().features.clone(), doomed })
+        Ok(Admitted { machine, effects, features: permit.claims().features.clone(), profile })
     }
 
-    fn dooms_target(&self, permit: &VerifiedPermit, order: &PrepareOrder) -> Result<(), Problem> {
+    /// What is known to fail already; else how the permit wants the stream inspected.
+    fn dooms_target(
+        &self,
+        permit: &VerifiedPermit,
+        order: &PrepareOrder,
+    ) -> Result<InspectionProfile, Problem> {
         let claims = permit.claims();
         permit.expect_vm(&order.spec.uuid, &order.spec.digest()).map_err(|r| r.problem())?;
         if claims.source.daemon_key != order.source_daemon_key {
@@ -308,7 +315,7 @@ impl Migrations {
                 "this host holds a copy of the VM already",
             ));
         }
-        Ok(())
+        claims.inspection_profile.parse().map_err(|e: UnknownProfile| refused(&e.to_string()))
     }
 
     /// Starts a source. Repeating the order is harmless and is answered the same.
@@ -508,7 +515,6 @@ fn holder(daemon: &Daemon, facts: &QemuFacts) -> Option<Arc<Instance>> {
     daemon.vms.all().into_iter().find(|instance| hypervisor::facts(instance) == *facts)
 }
 
-/// A source between its order and its machine.
 struct StartingSource {
     migrations: Arc<Migrations>,
     permit: VerifiedPermit,

@@ -2,7 +2,7 @@
 
 use super::attempt::AttemptFile;
 use super::hypervisor::{self, RunLog};
-use super::link::{AgentLink, channel_problem, next_of};
+use super::link::{AgentLink, channel_problem, next_of, tell_lost};
 use super::timers::Timers;
 use super::{
     Answer, Control, Crash, Input, Line, Machine, Mirror, PeerAnswer, Work, answer, ms_between, name_of,
@@ -372,6 +372,7 @@ impl SourceShell {
     async fn agent_lost(&mut self, gone: &AgentGone) {
         if let Some(link) = self.agent.take() {
             tracing::warn!(migration = %self.migration(), %gone, "agent");
+            tell_lost(&self.daemon, self.migration(), gone);
             link.agent().end().await;
         }
     }
@@ -556,7 +557,7 @@ impl SourceShell {
     async fn relay(&mut self, order: &ToAgent, kind: &str) -> Option<Event> {
         let sent = match &self.agent {
             Some(link) => link.agent().send(order).await,
-            None => Err(AgentGone { detail: "there is none".to_owned() }),
+            None => Err(AgentGone::new("there is none")),
         };
         match sent {
             Ok(()) => {

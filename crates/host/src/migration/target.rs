@@ -3,7 +3,7 @@
 use super::attempt::AttemptFile;
 use super::hypervisor;
 use super::incoming::Incoming;
-use super::link::{AgentLink, next_of};
+use super::link::{AgentLink, next_of, tell_lost};
 use super::timers::Timers;
 use super::{
     Answer, Control, Crash, Input, Line, Machine, Mirror, PeerAnswer, Work, answer, ms_between, name_of,
@@ -29,6 +29,7 @@ use types::agent::{Descriptor, FromAgent, ToAgent};
 use types::handover::{AbortReason, Statement};
 use types::inventory::Inventory;
 use types::permit::StreamFeatures;
+use types::profile::InspectionProfile;
 use types::vm::VmSpec;
 use types::{ErrorCode, MigrationId, Problem};
 
@@ -56,8 +57,8 @@ pub struct Setup {
     pub features: StreamFeatures,
     /// Only this peer may connect.
     pub source_address: IpAddr,
-    /// Why it will fail, when that is known: the permit is consumed all the same.
-    pub doomed: Option<Problem>,
+    /// How the stream is inspected; or why it will fail, when that is known: the permit is consumed all the same.
+    pub profile: Result<InspectionProfile, Problem>,
     /// Told where the source connects to, or why not.
     pub prepared: oneshot::Sender<Result<Prepared, Problem>>,
 }
@@ -261,6 +262,7 @@ impl TargetShell {
                 work.events.extend(event);
             }
             Happened::Packet(Err(gone)) => {
+                tell_lost(&self.daemon, self.migration(), &gone);
                 self.close_agent().await;
                 work.events.push_back(Event::ChannelLost { detail: gone.to_string() });
             }
@@ -439,10 +441,10 @@ impl TargetShell {
         let Some(mut setup) = self.setup.take() else {
             return Event::PrepareFailed { detail: "this daemon was restarted".to_owned() };
         };
-        let result = match (setup.doomed.take(), paused) {
-            (Some(problem), _) => Err(problem),
-            (None, false) => Err(Problem::new(ErrorCode::Internal, "a target is always started paused")),
-            (None, true) => self.open(&mut setup).await,
+        let result = match (setup.profile.clone(), paused) {
+            (Err(problem), _) => Err(problem),
+            (Ok(_), false) => Err(Problem::new(ErrorCode::Internal, "a target is always started paused")),
+            (Ok(profile), true) => self.open(&mut setup, profile).await,
         };
         match result {
             Ok((prepared, facts)) => {
@@ -462,16 +464,25 @@ impl TargetShell {
     }
 
     /// QEMU paused and waiting, its agent armed, one port open for one address.
-    async fn open(&mut self, setup: &mut Setup) -> Result<(Prepared, engine::handover::QemuFacts), Problem> {
+    async fn open(
+        &mut self,
+        setup: &mut Setup,
+        profile: InspectionProfile,
+    ) -> Result<(Prepared, engine::handover::QemuFacts), Problem> {
         let key = self.machine.attempt().key;
         let idle = setup
             .agent
             .take()
             .ok_or_else(|| Problem::new(ErrorCode::WrongState, "no VM agent was spawned for it"))?;
         let link = self.agent.insert(AgentLink::new(idle.agent));
-        link.arm(&self.daemon, setup.permit.clone(), setup.inventory.clone()).await?;
-        let instance = self.daemon.vms.prepare(&setup.spec, &key, &setup.inventory).await?;
-        self.instance = Some(instance.clone());
+        // QEMU starts while the agent is given what it needs; what was started is ended with the attempt.
+        let (armed, started) = tokio::join!(
+            arm(link, &self.daemon, setup, profile),
+            self.daemon.vms.prepare(&setup.spec, &key, &setup.inventory)
+        );
+        self.instance = started.as_ref().ok().cloned();
+        armed?;
+        let instance = started?;
         let failed = |e: QmpError| Problem::new(ErrorCode::HypervisorFailed, e.to_string());
         let monitor = instance.monitor().await.map_err(failed)?;
         let socket = instance.paths().stream;
@@ -629,6 +640,23 @@ impl TargetShell {
         self.stop_accepting();
         tracing::info!(migration = %self.migration(), ?outcome, "target done");
     }
+}
+
+/// Has the agent take this host's catalogue of the VM's devices, then the permit.
+async fn arm(
+    link: &mut AgentLink,
+    daemon: &Daemon,
+    setup: &Setup,
+    profile: InspectionProfile,
+) -> Result<(), Problem> {
+    match daemon.vms.shape(&setup.spec, &setup.inventory.machine).await {
+        Ok(shape) => link.agent().attach_catalogue(&shape.catalogue).await?,
+        Err(problem) if profile.report_unvouched => {
+            tracing::warn!(%problem, "the permit lets devices through that nothing vouches for");
+        }
+        Err(problem) => return Err(problem),
+    }
+    link.arm(daemon, setup.permit.clone(), setup.inventory.clone()).await
 }
 
 impl Drop for TargetShell {

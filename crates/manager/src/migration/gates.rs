@@ -192,6 +192,7 @@ pub(crate) fn unexpected(host: &HostName, order: &str, reply: &reply::Result) ->
         reply::Result::Prepared(_) => "prepared",
         reply::Result::Load(_) => "load",
         reply::Result::Started(_) => "started",
+        reply::Result::Inspected(_) => "inspected",
     };
     Problem::new(ErrorCode::Internal, format!("host {host} answered {order} with {kind:?}"))
 }

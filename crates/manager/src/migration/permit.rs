@@ -51,7 +51,7 @@ pub(crate) fn claims(
         duration_budget_ms: budgets.run_s.saturating_mul(1_000),
         downtime_budget_ms: budgets.downtime_ms,
         features,
-        inspection_profile: "strict".to_owned(),
+        inspection_profile: config.inspection_profile.to_string(),
         compatibility: format!("{}/{}", inventory.hypervisor, inventory.machine),
     })
 }

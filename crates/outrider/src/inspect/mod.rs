@@ -154,9 +154,9 @@ fn unusable(args: &Inspect, error: &Unsupported) -> Error {
 
 fn limits(args: &Inspect) -> Limits {
     let method = match args.compression {
-        Compression::None => Method::Plain,
-        Compression::Zlib => Method::Zlib,
-        Compression::Zstd => Method::Zstd,
+        None => Method::Plain,
+        Some(Compression::Zlib) => Method::Zlib,
+        Some(Compression::Zstd) => Method::Zstd,
     };
     let channels = u16::try_from(args.channels.len()).unwrap_or(u16::MAX);
     Limits {
