@@ -115,6 +115,16 @@ async fn a_vm_moves_there_and_back() {
     {
         lab.manager.event(there.migration, kind).await;
     }
+    let inspect = || to_host::Body::InspectVm(fleet::InspectVm { vm: lab.spec.uuid.to_string() });
+    match lab.manager.order("host-b", inspect()).await.unwrap() {
+        fleet::reply::Result::Inspected(inspected) => {
+            let catalogue: types::layout::Catalogue =
+                serde_json::from_str(&inspected.catalogue_json).unwrap();
+            assert_eq!(catalogue.machine, lab.inventory.machine);
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(lab.manager.order("host-a", inspect()).await.unwrap_err().code, "vm-not-running");
     // A→B→A: the same hosts, the same VM, later epochs.
     let back = lab.migrate(3, "host-b", "host-a").await.key;
     lab.manager.row("completed", back.migration, completed).await;
