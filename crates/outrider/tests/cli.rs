@@ -12,7 +12,7 @@ const ID: &str = "m-6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c";
 fn migration(state: &str) -> Value {
     json!({
         "id": ID, "vm": "web-1", "source": "host-a", "target": "host-b", "state": state, "suspended": false,
-        "mode": "precopy", "requested_by": "admin", "requested_at": "2026-11-23T14:02:11Z", "ended_at": null,
+        "mode": "precopy", "multifd_channels": 0, "compression": "", "requested_by": "admin", "requested_at": "2026-11-23T14:02:11Z", "ended_at": null,
         "vm_runs_on": "host-a", "awaiting": "the end of the memory transfer",
         "next": {"act": "give up", "at": "2026-11-23T14:07:11Z"}, "attestation": "unattested", "problem": null,
         "downtime_ms": null, "total_ms": null, "request_to_running_ms": null, "time_to_responsiveness_ms": null,

@@ -57,6 +57,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use serde_json::json;
+    use types::layout::SectionLayout;
 
     fn inspection(catalogue: bool) -> VmInspection {
         let inventory = json!({"machine": "pc-q35-10.0", "page_size_bytes": 4096, "hypervisor": "qemu/10.0.2",
@@ -68,7 +69,15 @@ mod tests {
             "enrolment": {"inventory": inventory, "catalogue": null}, "catalogue_missing": null}))
         .unwrap();
         if catalogue {
-            shown.enrolment.catalogue = Some(Catalogue::default());
+            let section = |name: &str, version, layout: Option<u32>, why: &str| {
+                let (name, why) = (name.to_owned(), why.to_owned());
+                SectionLayout { name, instance: 0, version, layout, why }
+            };
+            let sections = vec![
+                section("timer", 2, Some(0), ""),
+                section("0000:00:02.0/virtio-net", 11, None, "no layout of \"virtio\""),
+            ];
+            shown.enrolment.catalogue = Some(Catalogue { sections, ..Catalogue::default() });
         } else {
             shown.catalogue_missing = Some("host host-a is not connected".to_owned());
         }
