@@ -328,32 +328,14 @@ pub(crate) struct Migrate {
     /// Multifd channels for the memory, beside the main one [default: the manager's, 0 if not configured]
     #[arg(long, value_name = "N")]
     pub(crate) channels: Option<u16>,
-    /// Compress the memory on those channels
-    #[arg(long, value_name = "METHOD", requires = "channels")]
-    pub(crate) compression: Option<Compression>,
+    /// How pages are packed on those channels
+    #[arg(long, value_enum, default_value_t, value_name = "METHOD")]
+    pub(crate) compression: Compression,
     /// Print the migration's id and do not wait
     #[arg(long)]
     pub(crate) detach: bool,
     #[command(flatten)]
     pub(crate) connection: Connection,
-}
-
-/// What QEMU compresses pages with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Compression {
-    /// Deflate
-    Zlib,
-    /// Zstandard
-    Zstd,
-}
-
-impl Compression {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Zlib => "zlib",
-            Self::Zstd => "zstd",
-        }
-    }
 }
 
 const REFERENCE: &str = "ID may be shortened to a unique prefix. A VM's name means its open migration.";
@@ -501,6 +483,17 @@ pub(crate) enum Compression {
     None,
     Zlib,
     Zstd,
+}
+
+impl Compression {
+    /// As requests name it.
+    pub(crate) fn name(self) -> Option<&'static str> {
+        match self {
+            Self::None => None,
+            Self::Zlib => Some("zlib"),
+            Self::Zstd => Some("zstd"),
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -12,7 +12,7 @@ const ID: &str = "m-6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c";
 fn migration(state: &str) -> Value {
     json!({
         "id": ID, "vm": "web-1", "source": "host-a", "target": "host-b", "state": state, "suspended": false,
-        "mode": "precopy", "requested_by": "admin", "requested_at": "2026-11-23T14:02:11Z", "ended_at": null,
+        "mode": "precopy", "multifd_channels": 0, "compression": "", "requested_by": "admin", "requested_at": "2026-11-23T14:02:11Z", "ended_at": null,
         "vm_runs_on": "host-a", "awaiting": "the end of the memory transfer",
         "next": {"act": "give up", "at": "2026-11-23T14:07:11Z"}, "attestation": "unattested", "problem": null,
         "downtime_ms": null, "total_ms": null, "request_to_running_ms": null, "time_to_responsiveness_ms": null,
@@ -234,12 +234,26 @@ fn migrate_watches_to_the_end_and_reports() {
         (&sent["vm"], &sent["target"], &sent["source"]),
         (&json!("web-1"), &json!("host-b"), &json!("host-a"))
     );
+    assert!(sent.get("channels").is_none() && sent.get("compression").is_none(), "the manager's default");
     assert_eq!(sent["nonce"].as_str().unwrap().len(), 32);
     assert!(sent["timestamp_unix_ms"].as_u64().unwrap() > 1_700_000_000_000);
 
     let manager = one_migration(done.clone());
     let ended = run(manager.outrider(), &["migrate", "web-1", "--to", "host-b", "--output", "json"]);
     assert_eq!((ended.code, ended.json()), (0, done));
+}
+
+#[test]
+fn channels_are_asked_for_and_shown() {
+    let mut done = migration("completed");
+    (done["multifd_channels"], done["compression"]) = (json!(4), json!("zstd"));
+    let manager = one_migration(done);
+    let asked = ["migrate", "web-1", "--to", "host-b", "--channels", "4", "--compression", "zstd"];
+    let ended = run(manager.outrider(), &asked);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert!(ended.stdout.contains("4 channels beside the main one, zstd"), "{}", ended.stdout);
+    let sent: Value = serde_json::from_str(&manager.asked()[0].body).unwrap();
+    assert_eq!((&sent["channels"], &sent["compression"]), (&json!(4), &json!("zstd")));
 }
 
 #[test]
