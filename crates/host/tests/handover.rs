@@ -13,6 +13,7 @@ use support::Manager;
 use support::host::{Host, missing, run_child};
 use types::ErrorCode;
 use types::inventory::Inventory;
+use types::permit::StreamFeatures;
 use types::vm::VmSpec;
 
 /// Not a test of its own: the daemons of the other tests run here, in processes of their own.
@@ -131,6 +132,70 @@ async fn a_vm_moves_there_and_back() {
     lab.a.only(1).await;
     lab.b.only(0).await;
     assert!(lab.manager.world.lock().unwrap().vm_events.is_empty(), "ordered ends are no news");
+}
+
+impl Lab {
+    /// From now on permits allow multifd.
+    fn allow(&self, multifd_channels: u16, compression: &str) {
+        self.manager.world.lock().unwrap().features = StreamFeatures {
+            multifd_channels,
+            compression: compression.to_owned(),
+            ..StreamFeatures::default()
+        };
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_moves_over_several_connections() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    let hosts = [("host-a", "host-b"), ("host-b", "host-a")];
+    let ways = [(2, ""), (4, "zstd"), (1, "zlib"), (0, ""), (16, "")];
+    for ((channels, compression), number) in ways.into_iter().zip(0u64..) {
+        lab.allow(channels, compression);
+        let (from, to) = hosts[usize::try_from(number % 2).unwrap()];
+        let key = lab.migrate(1 + 2 * number, from, to).await.key;
+        lab.manager.row("completed", key.migration, completed).await;
+        let connected = lab.manager.event(key.migration, "connected").await;
+        assert_eq!(connected["channels"], channels + 1, "{connected}");
+        let (here, there) = if number % 2 == 0 { (&lab.a, &lab.b) } else { (&lab.b, &lab.a) };
+        here.only(0).await;
+        there.only(1).await;
+        assert_eq!(there.guest().await, "running");
+    }
+}
+
+/// Given up in the middle, on all connections; then again on one.
+#[tokio::test(flavor = "multi_thread")]
+async fn several_connections_are_all_given_up() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    lab.allow(3, "");
+    let id = lab.held().await.key.migration;
+    lab.manager.event(id, "connected").await;
+    lab.manager.abort(id, ErrorCode::Terminated);
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert_eq!(lab.a.guest().await, "running");
+    lab.allow(0, "");
+    let again = lab.migrate(4, "host-a", "host-b").await.key;
+    lab.manager.row("completed", again.migration, completed).await;
+    lab.b.only(1).await;
+    assert_eq!(lab.b.guest().await, "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_targets_qemu_dies_with_several_connections() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    lab.allow(2, "");
+    let id = lab.held().await.key.migration;
+    lab.b.kill_qemu();
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert_eq!(lab.a.guest().await, "running");
 }
 
 #[tokio::test(flavor = "multi_thread")]

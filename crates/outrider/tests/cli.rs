@@ -259,12 +259,26 @@ fn migrate_watches_to_the_end_and_reports() {
         (&sent["vm"], &sent["target"], &sent["source"]),
         (&json!("web-1"), &json!("host-b"), &json!("host-a"))
     );
+    assert!(sent.get("channels").is_none() && sent.get("compression").is_none(), "the manager's default");
     assert_eq!(sent["nonce"].as_str().unwrap().len(), 32);
     assert!(sent["timestamp_unix_ms"].as_u64().unwrap() > 1_700_000_000_000);
 
     let manager = one_migration(done.clone());
     let ended = run(manager.outrider(), &["migrate", "web-1", "--to", "host-b", "--output", "json"]);
     assert_eq!((ended.code, ended.json()), (0, done));
+}
+
+#[test]
+fn channels_are_asked_for_and_shown() {
+    let mut done = migration("completed");
+    (done["multifd_channels"], done["compression"]) = (json!(4), json!("zstd"));
+    let manager = one_migration(done);
+    let asked = ["migrate", "web-1", "--to", "host-b", "--channels", "4", "--compression", "zstd"];
+    let ended = run(manager.outrider(), &asked);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert!(ended.stdout.contains("4 channels beside the main one, zstd"), "{}", ended.stdout);
+    let sent: Value = serde_json::from_str(&manager.asked()[0].body).unwrap();
+    assert_eq!((&sent["channels"], &sent["compression"]), (&json!(4), &json!("zstd")));
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Multifd streams made by hand, and two agents between fake QEMUs with several connections.
 
+#![allow(dead_code, unreachable_pub)]
+
 use super::streams;
-use super::support::{Agent, PATIENCE, Pair, tcp};
+use super::support::{PATIENCE, Pair, tcp};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -80,6 +82,24 @@ pub fn packet(number: u64, page: Option<u64>) -> Vec<u8> {
     if page.is_some() {
         bytes.resize(1344 + PAGE, 0xb7);
     }
+    bytes
+}
+
+/// A packet of pages with content and pages of zeros.
+pub fn wide_packet(number: u64, normal: &[u64], zero: &[u64]) -> Vec<u8> {
+    let mut bytes = b"\x11\x22\x33\x44\0\0\0\x01".to_vec();
+    let (count, zeros) = (u32::try_from(normal.len()).unwrap(), u32::try_from(zero.len()).unwrap());
+    for field in [0, 128, count, count * 4096] {
+        bytes.extend_from_slice(&field.to_be_bytes());
+    }
+    bytes.extend_from_slice(&number.to_be_bytes());
+    bytes.extend_from_slice(&zeros.to_be_bytes());
+    bytes.resize(64, 0);
+    bytes.extend_from_slice(b"pc.ram");
+    bytes.resize(320, 0);
+    normal.iter().chain(zero).for_each(|page| bytes.extend_from_slice(&(page * 4096).to_be_bytes()));
+    bytes.resize(1344, 0);
+    bytes.resize(1344 + normal.len() * PAGE, 0xb7);
     bytes
 }
 
@@ -223,11 +243,4 @@ impl Lanes {
             _ => unreachable!("waited for it"),
         }
     }
-}
-
-/// The greatest resident size that an agent ever had, in KiB.
-pub fn peak_kib(agent: &Agent) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", agent.process.id())).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().trim_end_matches(" kB").trim().parse().unwrap()
 }

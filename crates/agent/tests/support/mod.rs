@@ -129,7 +129,16 @@ impl Agent {
 
     /// The first message that is wanted.
     pub fn wait(&mut self, wanted: impl Fn(&FromAgent) -> bool) -> FromAgent {
-        let deadline = Instant::now() + PATIENCE;
+        self.wait_for(PATIENCE, wanted)
+    }
+
+    /// The same where hundreds of megabytes have to pass first.
+    pub fn wait_long(&mut self, wanted: impl Fn(&FromAgent) -> bool) -> FromAgent {
+        self.wait_for(20 * PATIENCE, wanted)
+    }
+
+    fn wait_for(&mut self, patience: Duration, wanted: impl Fn(&FromAgent) -> bool) -> FromAgent {
+        let deadline = Instant::now() + patience;
         loop {
             match self.next(deadline.saturating_duration_since(Instant::now())) {
                 Some(message) if wanted(&message) => return message,
@@ -161,6 +170,11 @@ impl Agent {
             assert!(Instant::now() < deadline, "the {} agent did not end", self.side);
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Whether the process is gone.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.try_wait().unwrap().is_some()
     }
 
     /// The daemon dies.

@@ -43,8 +43,11 @@ async fn set_multifd(qmp: &Qmp, features: &StreamFeatures) -> Result<(), QmpErro
     if channels == 0 {
         return Ok(());
     }
-    let parameters =
-        json!({"multifd-channels": channels, "multifd-compression": features.multifd_compression()});
+    // The levels are QEMU's defaults; a higher one would need larger windows in the target's agent.
+    let parameters = json!({
+        "multifd-channels": channels, "multifd-compression": features.multifd_compression(),
+        "multifd-zlib-level": 1, "multifd-zstd-level": 1,
+    });
     qmp.execute("migrate-set-parameters", parameters).await.map(|_| ())
 }
 
