@@ -13,7 +13,7 @@
 //! | `qmp` | a monitor's line | |
 
 #[path = "../../../crates/engine/tests/support/mod.rs"]
-#[allow(missing_docs, dead_code, clippy::unwrap_used, clippy::too_many_lines)]
+#[allow(missing_docs)]
 mod support;
 
 mod channels;

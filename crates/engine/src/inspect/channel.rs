@@ -40,7 +40,7 @@ impl Channels {
                 style: Style::of_machine(&inventory.machine),
             };
             let channel = || Channel {
-                parser: MultifdParser::new(options.clone()),
+                parser: MultifdParser::new(options),
                 cursor: Cursor::default(),
                 id: None,
                 waiting: Vec::new(),

@@ -15,7 +15,21 @@ pub const RULES: &[ValueRule] = &[
     ValueRule::index("pit channel", "count", SignedWithin(1, 0x1_0000)),
     // The register that the next access means, of 128.
     ValueRule::index("mc146818rtc", "cmos_index", AtMost(127)),
+    ValueRule::index("mc146818rtc", "cmos_data", Check(divider_runs)),
 ];
+
+/// Register A, and its two bits that hold the divider in reset: a clock that stands still has no time to go on from.
+const REGISTER_A: usize = 10;
+const DIVIDER_RESET: u8 = 0x60;
+
+fn divider_runs(fields: &Fields<'_, '_>) -> Result<(), Breach> {
+    let register = fields.bytes("cmos_data").and_then(|bytes| bytes.get(REGISTER_A)).copied();
+    match register {
+        Some(value) if value & DIVIDER_RESET != DIVIDER_RESET => Ok(()),
+        Some(value) => Err(Breach::by_number("a divider that runs", value)),
+        None => Err(Breach::by_number("128 bytes of clock memory", "fewer")),
+    }
+}
 
 const PERIODIC: u64 = 1 << 3;
 const NARROW: u64 = 1 << 8;

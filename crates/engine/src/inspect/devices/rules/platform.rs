@@ -8,9 +8,9 @@ pub const RULES: &[ValueRule] = &[
     // An entry of the table of files, or the mark for none.
     ValueRule::index("fw_cfg", "cur_entry", Check(entry_in_table)),
     // Sizes that three memory regions are set to: their most.
-    ValueRule::shape("fw_cfg/acpi_mr", "table_mr_size", AtMost(0x20_0000)),
-    ValueRule::shape("fw_cfg/acpi_mr", "linker_mr_size", AtMost(0x1_0000)),
-    ValueRule::shape("fw_cfg/acpi_mr", "rsdp_mr_size", AtMost(0x1000)),
+    ValueRule::shape("fw_cfg/acpi_mr", "table_mr_size", Pinned),
+    ValueRule::shape("fw_cfg/acpi_mr", "linker_mr_size", Pinned),
+    ValueRule::shape("fw_cfg/acpi_mr", "rsdp_mr_size", Pinned),
     // Shifts: bytes or words, and the low or the high byte next.
     ValueRule::identity("dma", "dshift", Pinned),
     ValueRule::index("dma", "flip_flop", AtMost(1)),
