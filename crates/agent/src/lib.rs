@@ -18,8 +18,8 @@
 //!
 //! Invariants met here: nothing is read from QEMU to be sent before the peer proved the permit's key on every lane
 //! (I3); nothing reaches the target's QEMU that the inspector has not accepted (I5); the agent ends when its daemon
-//! does (I9); no guest memory, key or stream byte is ever logged (I10); every buffer, wait and count is bounded, and the
-//! process stays below 64 MiB resident (I11, `tests/memory.rs`).
+//! does (I9); no guest memory, key or stream byte is ever logged (I10); every buffer, wait and count is bounded, and
+//! the process stays below 64 MiB resident (I11, `tests/memory.rs`).
 
 pub mod arm;
 pub mod control;
