@@ -142,8 +142,8 @@ impl Peer {
         self.out.flush(&self.socket).map_err(PeerError::Send)
     }
 
-    /// Reads once, `limit_bytes` at most, and gives the frames to `each`, which can't fail: an error here would kill the
-    /// channel, and with it the ABORT that is to follow. False when nothing was there.
+    /// Reads once, `limit_bytes` at most, and gives the frames to `each`, which can't fail: an error here would kill
+    /// the channel, and with it the ABORT that is to follow. False when nothing was there.
     ///
     /// # Errors
     /// The channel's.

@@ -74,7 +74,8 @@ pub struct StreamFeatures {
 }
 
 impl StreamFeatures {
-    /// Connections between the two hosts, and between each VM agent and its QEMU: the main one and the multifd channels.
+    /// Connections between the two hosts, and between each VM agent and its QEMU: the main one and the multifd
+    /// channels.
     #[must_use]
     pub fn connections(&self) -> u16 {
         self.multifd_channels.saturating_add(1)

@@ -88,6 +88,30 @@ async fn a_vm_moves_there_and_back_and_the_report_is_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn channels_that_are_asked_for_are_in_the_permit_and_shown() {
+    let p = pair().await;
+    let ask = |channels: u16, compression: &str| {
+        let mut body = intent("vm", "host-b");
+        (body["channels"], body["compression"]) = (json!(channels), json!(compression));
+        body
+    };
+    let too_many = p.world.post_owned("/v1/migrations", ask(17, "zstd")).await;
+    assert_eq!(too_many.code(), "limit-reached");
+    let unknown = p.world.post_owned("/v1/migrations", ask(2, "qpl")).await;
+    assert_eq!(unknown.code(), "bad-request");
+    let accepted = p.world.post_owned("/v1/migrations", ask(4, "zstd")).await;
+    assert_eq!(accepted.status, 202);
+    let m = accepted.body["id"].as_str().unwrap().to_owned();
+    let view = p.world.ended(&m).await;
+    assert_eq!(view["state"], "completed", "{view}");
+    assert_eq!((&view["multifd_channels"], &view["compression"]), (&json!(4), &json!("zstd")));
+    let audit = p.world.get("/v1/audit").await;
+    let issued = audit.as_array().unwrap().iter().find(|e| e["action"] == "permit.issue").unwrap();
+    let features = &issued["detail"]["features"];
+    assert_eq!((&features["multifd_channels"], &features["compression"]), (&json!(4), &json!("zstd")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn of_twenty_requests_at_once_one_is_let_in() {
     let p = pair().await;
     p.manners(|m| m.flows = false);
