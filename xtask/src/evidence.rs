@@ -47,11 +47,12 @@ enum Program {
     Lab(&'static str),
     /// An example: package, name, features.
     Example(&'static str, &'static str, &'static str),
+    /// `cargo xtask fuzz`.
+    Fuzz,
 }
 
-/// Every kind. A new one is an entry here and a program that ends its output with its counts: a fuzzer, for one, is
-/// `Program::Example(package, example, features)` with the number of its inputs as the count.
-const KINDS: [Kind; 3] = [
+/// Every kind. A new one is an entry here and a program that ends its output with its counts.
+const KINDS: [Kind; 4] = [
     Kind {
         name: "real-migrations",
         what: "fresh migrations between real QEMUs (7.2, 10.0 and both ways between) of VMs of random shapes, \
@@ -70,6 +71,15 @@ const KINDS: [Kind; 3] = [
         count: ("--count", 10_000),
         seed: "--seed",
         paths: &["crates/engine/src/inspect", "crates/wire/src/qemu", "lab/src/inspection"],
+    },
+    Kind {
+        name: "fuzz",
+        what: "coverage-guided executions of every parser that reads a peer's bytes, whole streams among them: no \
+               panic, no hang, no allocation above 64 MiB, any split of the input alike",
+        program: Program::Fuzz,
+        count: ("--runs", 100_000_000),
+        seed: "--seed",
+        paths: &["crates/engine/src/inspect", "crates/wire/src", "fuzz/targets"],
     },
     Kind {
         name: "handover-sim",
@@ -221,6 +231,13 @@ fn program(workspace: &Workspace, program: &Program, profile: &str) -> Result<Co
     build.args(["build", "--quiet", "--profile", profile]);
     let folder = workspace.target.join(if profile == "dev" { "debug" } else { profile });
     let (path, words): (PathBuf, &[&str]) = match program {
+        // It builds its own, with instrumentation.
+        Program::Fuzz => {
+            let this = std::env::current_exe().context("finding this program")?;
+            let mut command = workspace.command(this);
+            command.arg("fuzz");
+            return Ok(command);
+        }
         Program::Lab(command) => {
             build.args(["-p", "outrider-lab"]);
             (folder.join("outrider-lab"), &[command])

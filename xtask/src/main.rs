@@ -1,10 +1,11 @@
-//! Project commands: `cargo xtask setup|test|check|evidence|demo|bench`.
+//! Project commands: `cargo xtask setup|test|check|fuzz|evidence|demo|bench`.
 //!
 //! Every command first brings the machine to where it needs it (see [`packages`] and [`guest`]), and says what it runs.
 
 mod arrows;
 mod check;
 mod evidence;
+mod fuzz;
 mod guest;
 mod packages;
 mod primitives;
@@ -24,6 +25,7 @@ usage: cargo xtask COMMAND
   setup [--yes]        install the missing Debian packages, make the guest image
   test  [--yes] [ARG…] run every test; --deny-skips: a skip is a failure; other ARGs go to cargo-nextest
   check [STEP…]        the quality gate: format, arrows, hand-over primitives, lints, documentation, licences
+  fuzz  [TARGET…]      fuzz what reads a peer's bytes; --runs N in all, --seed S, --keep what reaches new code
   evidence NAME        a long count, kept as evidence/NAME.json; --share N: one in N of it, not kept; --seed S
   evidence --list      the kinds; --check: which records are older than the code they speak of
   demo  [--yes] [ARG…] live-migrate a real guest; ARGs go to `outrider-lab demo`
@@ -55,6 +57,7 @@ fn dispatch(arguments: Vec<String>) -> Result<ExitCode> {
             test::run(&workspace, &rest)
         }
         "check" => check::run(&workspace, &rest),
+        "fuzz" => fuzz::run(&workspace, &rest),
         "evidence" => evidence(&workspace, consent, &rest),
         "demo" | "bench" => {
             setup(&workspace, consent)?;

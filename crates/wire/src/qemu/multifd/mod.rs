@@ -31,9 +31,10 @@ pub const INIT_BYTES: usize = 64;
 pub const MAX_PACKET_PAGE_BYTES: u32 = 512 << 10;
 /// The most that a packet's compressed pages may take: the buffer that QEMU's receiver has for them.
 pub const MAX_COMPRESSED_BYTES: u32 = 1 << 20;
-/// The largest zstd window that is decoded; levels up to 19 stay within it.
+/// The largest zstd window that is decoded, for each channel. Level 1, which the source is told to use, stays within
+/// it; sixteen channels of it still fit the agent.
 pub const MAX_ZSTD_WINDOW_BYTES: usize = 1 << MAX_ZSTD_WINDOW_LOG;
-const MAX_ZSTD_WINDOW_LOG: u32 = 23;
+const MAX_ZSTD_WINDOW_LOG: u32 = 19;
 
 /// How pages are compressed: what the permit allows on a migration, exactly one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
