@@ -21,10 +21,15 @@ const IMPURE: &[&str] = &["tokio", "rustls", "aws-lc-rs", "sqlx", "socket2", "ra
 /// What the sandboxed agent must not be linked with.
 const NO_AGENT: &[&str] = &["tokio", "sqlx", "tonic", "hyper", "axum"];
 
-const ROOMS: [Room; 12] = [
+const ROOMS: [Room; 13] = [
     room("outrider-types", &[], IMPURE),
     room("outrider-wire", &["outrider-types"], IMPURE),
     room("outrider-engine", &["outrider-types", "outrider-wire"], IMPURE),
+    room(
+        "outrider-fuzz-targets",
+        &["outrider-types", "outrider-wire", "outrider-engine"],
+        &["tokio", "sqlx"],
+    ),
     room("outrider-permit", &["outrider-types"], &["tokio", "rustls", "sqlx"]),
     room("outrider-api", &["outrider-types"], &["sqlx", "rustls"]),
     room("outrider-registry", &["outrider-types", "outrider-permit"], &["tonic", "axum"]),

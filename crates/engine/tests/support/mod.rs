@@ -298,6 +298,9 @@ fn header_rows(stream: &[u8], marks: &Marks, add: Add<'_>) {
     add("10", "INV-H2", named(&[machine, b"\0junk"].concat()));
     add("49", "INV-H2", splice(stream, 8, 5 + machine_len, &[]));
     add("50", "INV-H1", splice(stream, 7, 1, &[2]));
+    add("cpr", "INV-T4", splice(stream, 0, 4, b"QCPR"));
+    add("unknown section type", "INV-S1", splice(stream, marks.ram_start, 0, &[0x55]));
+    add("a footer out of place", "INV-S1", splice(stream, marks.ram_start, 0, &[0x7e, 0, 0, 0, 1]));
     let capabilities = b"\x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01\x0fx-ignore-shared";
     add("config subsection", "INV-H3", splice(stream, marks.configuration_end, 0, capabilities));
     let uuid = b"\x05\x12configuration/uuid\0\0\0\x01................";

@@ -594,4 +594,18 @@ mod tests {
             prop_assert_eq!((seen, result), whole);
         }
     }
+
+    #[test]
+    fn every_refusal_names_its_rule() {
+        for (error, rule) in [
+            (ReturnPathError::UnknownType { kind: 9 }, "INV-P1"),
+            (ReturnPathError::UnaskedPong { value: 7 }, "INV-P2"),
+            (ReturnPathError::BadRequest { start: 1, length_bytes: 1 }, "INV-P3"),
+            (ReturnPathError::BadBitmapEnd { mark: 0 }, "INV-P4"),
+            (ReturnPathError::AfterShut { kind: 2 }, "INV-P5"),
+        ] {
+            assert_eq!(error.rule(), rule);
+            assert!(error.to_string().starts_with(rule), "{error}");
+        }
+    }
 }

@@ -1,0 +1,274 @@
+//! The inspector over several channels, and its budgets.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod support;
+
+use outrider_engine::inspect::{Inspector, Limits, Multifd, Refused, learn};
+use std::io::Read;
+use std::path::PathBuf;
+use types::VmId;
+use types::inventory::Inventory;
+use wire::qemu::multifd::Method;
+
+const PAGES: u64 = 8;
+
+/// The folders of the corpus with several channels, and their streams; nothing when it is not there.
+fn recorded() -> Vec<(String, Vec<Vec<u8>>)> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/corpus");
+    let Ok(entries) = std::fs::read_dir(root) else { return Vec::new() };
+    let folders = entries.filter_map(Result::ok).filter(|e| e.file_name().to_string_lossy().contains("mfd"));
+    folders
+        .map(|entry| {
+            let channels = (0..).map_while(|n| unpack(&entry.path().join(format!("ch{n}.fwd")))).collect();
+            (entry.file_name().into_string().unwrap(), channels)
+        })
+        .collect()
+}
+
+fn unpack(path: &std::path::Path) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Ok(file) = std::fs::File::open(path.with_extension("fwd.gz")) {
+        flate2::read::GzDecoder::new(file).read_to_end(&mut bytes).unwrap();
+    } else {
+        let file = std::fs::File::open(path.with_extension("fwd.xz")).ok()?;
+        xz2::read::XzDecoder::new(file).read_to_end(&mut bytes).unwrap();
+    }
+    Some(bytes)
+}
+
+/// One channel's packets for the hand-made VM.
+#[derive(Clone, Default)]
+struct Packets {
+    bytes: Vec<u8>,
+    number: u64,
+}
+
+impl Packets {
+    fn init(id: u8, uuid: [u8; 16]) -> Self {
+        let mut bytes = vec![0x11, 0x22, 0x33, 0x44, 0, 0, 0, 1];
+        bytes.extend_from_slice(&uuid);
+        bytes.push(id);
+        bytes.extend_from_slice(&[0; 39]);
+        Self { bytes, number: 0 }
+    }
+
+    fn packet(mut self, flags: u32, alloc: u32, zero: &[u64]) -> Self {
+        self.number += 1;
+        let start = self.bytes.len();
+        for word in [0x1122_3344, 1, flags, alloc, 0, 0] {
+            self.bytes.extend_from_slice(&u32::to_be_bytes(word));
+        }
+        self.bytes.extend_from_slice(&self.number.to_be_bytes());
+        self.bytes.extend_from_slice(&(zero.len() as u32).to_be_bytes());
+        self.bytes.extend_from_slice(&[0; 28]);
+        if !zero.is_empty() {
+            self.bytes.extend_from_slice(b"pc.ram");
+        }
+        self.bytes.resize(start + 320, 0);
+        for page in zero {
+            self.bytes.extend_from_slice(&(page * 4096).to_be_bytes());
+        }
+        self.bytes.resize(start + 1344, 0);
+        self
+    }
+
+    fn zeros(self, pages: &[u64]) -> Self {
+        self.packet(0, 128, pages)
+    }
+
+    fn sync(self) -> Self {
+        self.packet(1, 0, &[])
+    }
+}
+
+/// The hand-made stream with a flush word in its part and in its end.
+fn main_channel() -> Vec<u8> {
+    let stream = support::handmade();
+    let marks = support::Marks::of(&stream);
+    let flush = 0x200u64.to_be_bytes();
+    let stream = support::splice(&stream, marks.end_eos, 0, &flush);
+    support::splice(&stream, marks.part + 5, 0, &flush)
+}
+
+fn limits() -> Limits {
+    let multifd = Multifd { channels: 2, method: Method::Plain };
+    Limits { multifd: Some(multifd), vm: Some(VmId::from_bytes([7; 16])), ..Limits::default() }
+}
+
+/// Feeds all channels in pieces, in an order that the seed decides; gives what was released on each, and the verdict.
+fn run(
+    inventory: &Inventory,
+    limits: &Limits,
+    channels: &[Vec<u8>],
+    piece: usize,
+    seed: u64,
+) -> (Vec<Vec<u8>>, Result<Vec<u8>, Refused>) {
+    let mut inspector = Inspector::new(inventory, None, limits).unwrap();
+    let mut released = vec![Vec::new(); channels.len()];
+    let mut rest: Vec<&[u8]> = channels.iter().map(Vec::as_slice).collect();
+    let mut state = seed | 1;
+    loop {
+        let ready: Vec<usize> =
+            (0..rest.len()).filter(|n| !rest[*n].is_empty() && inspector.wants(*n as u16)).collect();
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let Some(&chosen) = ready.get((state >> 33) as usize % ready.len().max(1)) else { break };
+        let (now, later) = rest[chosen].split_at(piece.min(rest[chosen].len()));
+        rest[chosen] = later;
+        let mut out = |channel: u16, bytes: &[u8]| {
+            if let Some(place) = released.get_mut(usize::from(channel)) {
+                place.extend_from_slice(bytes);
+            }
+        };
+        if let Err(refused) = inspector.feed(chosen as u16, now, &mut out) {
+            return (released, Err(refused));
+        }
+    }
+    (released, inspector.finish().map(|held| held.bytes))
+}
+
+fn check(channels: &[Vec<u8>], expect: Result<(), (&str, u16)>) {
+    let inventory = learn(&support::handmade(), "qemu/test").unwrap();
+    for (piece, seed) in [(1 << 20, 1), (1000, 2), (61, 3), (7, 4)] {
+        let (released, verdict) = run(&inventory, &limits(), channels, piece, seed);
+        for (given, out) in channels.iter().zip(&released) {
+            assert!(given.starts_with(out), "something else was released than came");
+        }
+        match (verdict, expect) {
+            (Ok(held), Ok(())) => {
+                assert!([&released[0][..], &held].concat() == channels[0], "not all of the main channel");
+                assert!(released[1..] == channels[1..], "not all of the others");
+            }
+            (Err(refused), Err((rule, channel))) => {
+                assert_eq!((refused.violation.rule, refused.channel), (rule, channel), "{refused}");
+            }
+            (verdict, expect) => panic!("{verdict:?} instead of {expect:?}"),
+        }
+    }
+}
+
+fn good() -> Vec<Vec<u8>> {
+    let uuid = [7; 16];
+    let first = Packets::init(0, uuid).zeros(&[1, 2]).sync().zeros(&[1]).sync();
+    let second = Packets::init(1, uuid).sync().zeros(&[2]).sync();
+    vec![main_channel(), first.bytes, second.bytes]
+}
+
+#[test]
+fn recorded_channels_are_accepted_in_any_order() {
+    let samples = recorded();
+    println!("{} recordings with several channels", samples.len());
+    for (name, channels) in samples {
+        let inventory = learn(&channels[0], "qemu/test").unwrap();
+        let count = channels.len() as u16 - 1;
+        let limits = Limits {
+            multifd: Some(Multifd { channels: count, method: Method::Plain }),
+            return_path_required: false,
+            ..Limits::default()
+        };
+        for (piece, seed) in [(256 << 10, 1), (256 << 10, 2), (10_000, 3), (4093, 4)] {
+            let (released, verdict) = run(&inventory, &limits, &channels, piece, seed);
+            let held = verdict.unwrap_or_else(|refused| panic!("{name}: {refused}"));
+            assert!([&released[0][..], &held].concat() == channels[0], "{name}");
+            assert!(released[1..] == channels[1..], "{name}");
+        }
+    }
+}
+
+#[test]
+fn channels_in_step_are_accepted() {
+    check(&good(), Ok(()));
+}
+
+#[test]
+fn a_vm_without_a_uuid_says_zeros() {
+    let mut channels = good();
+    for channel in &mut channels[1..] {
+        channel[8..24].fill(0);
+    }
+    check(&channels, Ok(()));
+}
+
+/// INV-H4, INV-M1: whose channel it is, and which.
+#[test]
+fn anothers_channel_and_a_second_of_the_same_number_are_refused() {
+    let mut channels = good();
+    channels[1][8] = 1;
+    check(&channels, Err(("INV-H4", 1)));
+    let mut channels = good();
+    channels[2][24] = 0;
+    let inventory = learn(&support::handmade(), "qemu/test").unwrap();
+    let (_, verdict) = run(&inventory, &limits(), &channels, 1 << 20, 1);
+    assert_eq!(verdict.unwrap_err().violation.rule, "INV-M1");
+}
+
+/// INV-M8: what stops or hangs QEMU when one channel synchronises more or less often than the others.
+#[test]
+fn channels_out_of_step_are_refused() {
+    let uuid = [7; 16];
+    let seconds = [
+        Packets::init(1, uuid).sync(),
+        Packets::init(1, uuid),
+        Packets::default(),
+        Packets::init(1, uuid).zeros(&[3]),
+    ];
+    let inventory = learn(&support::handmade(), "qemu/test").unwrap();
+    for second in seconds {
+        let mut channels = good();
+        channels[2] = second.bytes;
+        let (_, verdict) = run(&inventory, &limits(), &channels, 1000, 1);
+        assert_eq!(verdict.unwrap_err().violation.rule, "INV-M8");
+    }
+    let mut channels = good();
+    channels[1].extend_from_slice(&[0x11; 100]);
+    assert!(run(&inventory, &limits(), &channels, 1 << 20, 1).1.is_err());
+}
+
+/// INV-M9: two channels must not write a page at once.
+#[test]
+fn a_page_comes_once_between_two_synchronisations() {
+    let uuid = [7; 16];
+    let mut channels = good();
+    channels[2] = Packets::init(1, uuid).zeros(&[2]).sync().sync().bytes;
+    let inventory = learn(&support::handmade(), "qemu/test").unwrap();
+    for seed in 1..20 {
+        let (_, verdict) = run(&inventory, &limits(), &channels, 200, seed);
+        assert_eq!(verdict.unwrap_err().violation.rule, "INV-M9", "seed {seed}");
+    }
+}
+
+/// INV-T2: exactly the permitted channels.
+#[test]
+fn a_channel_that_is_not_permitted_is_refused() {
+    let inventory = learn(&support::handmade(), "qemu/test").unwrap();
+    let mut inspector = Inspector::new(&inventory, None, &limits()).unwrap();
+    let refused = inspector.feed(3, b"x", &mut |_: u16, _: &[u8]| {}).unwrap_err();
+    assert_eq!((refused.violation.rule, refused.channel), ("INV-T2", 3));
+    assert!(inspector.feed(0, &main_channel(), &mut |_: u16, _: &[u8]| {}).is_err(), "it ended there");
+}
+
+/// INV-T5 and INV-R15: budgets hold over all channels.
+#[test]
+fn budgets_hold_over_all_channels() {
+    let inventory = learn(&support::handmade(), "qemu/test").unwrap();
+    let total: usize = good().iter().map(Vec::len).sum();
+    let rule = |limits: Limits| run(&inventory, &limits, &good(), 500, 9).1.unwrap_err().violation.rule;
+    assert_eq!(rule(Limits { stream_bytes: total as u64 - 1, ..limits() }), "INV-T5");
+    let records = PAGES + 2 + 4;
+    assert!(run(&inventory, &Limits { page_records: Some(records), ..limits() }, &good(), 500, 9).1.is_ok());
+    assert_eq!(rule(Limits { page_records: Some(records - 1), ..limits() }), "INV-R15");
+    assert_eq!(rule(Limits { page_records_each: 2, ..limits() }), "INV-R15");
+}
+
+/// INV-R14: firmware is what was enrolled, whichever way it comes.
+#[test]
+fn other_firmware_is_refused() {
+    let stream = support::handmade();
+    let mut inventory = learn(&stream, "qemu/test").unwrap();
+    let rom = inventory.ram_blocks.iter_mut().find(|block| block.name == "pc.rom").unwrap();
+    assert_eq!(rom.content, Some(types::Digest::of(&[0; 2 * 4096])), "it was learned");
+    rom.content = Some(types::Digest::of(b"another"));
+    let mut inspector = Inspector::new(&inventory, None, &Limits::default()).unwrap();
+    let fed = inspector.feed(0, &stream, &mut |_: u16, _: &[u8]| {});
+    assert_eq!(fed.unwrap_err().violation.rule, "INV-R14");
+}
