@@ -243,6 +243,10 @@ impl Manager {
             ([part(from, &agents[0]), part(to, &agents[1])], world.keys[to].1.parse().unwrap())
         };
         let [source, target] = part;
+        let (features, profile) = {
+            let world = self.world.lock().unwrap();
+            (world.features.clone(), world.profile.unwrap_or("strict"))
+        };
         let claims = PermitClaims {
             version: 1,
             key: HandoverKey {
@@ -262,8 +266,8 @@ impl Manager {
             byte_budget: 1 << 32,
             duration_budget_ms: 600_000,
             downtime_budget_ms: 5_000,
-            features: self.world.lock().unwrap().features.clone(),
-            inspection_profile: self.world.lock().unwrap().profile.unwrap_or("strict").to_owned(),
+            features,
+            inspection_profile: profile.to_owned(),
             compatibility: "qemu".to_owned(),
         };
         let token = permit::issue(&self.permit_key, "k1", &claims).unwrap();
