@@ -11,8 +11,10 @@ pub mod id;
 pub mod inventory;
 pub mod migration;
 pub mod permit;
+pub mod profile;
 pub mod vm;
 
 pub use error::{ErrorCode, Problem};
 pub use handover::{Digest, Epoch, HandoverKey, Side};
 pub use id::{HostName, MigrationId, Name, Nonce, VmId};
+pub use profile::InspectionProfile;
