@@ -8,6 +8,7 @@ use std::time::Duration;
 use types::handover::Side;
 use types::inventory::Inventory;
 use types::permit::PermitClaims;
+use types::profile::{InspectionProfile, UnknownProfile};
 use types::{ErrorCode, MigrationId};
 
 /// What [`types::agent::ToAgent::Hello`] settled.
@@ -30,12 +31,17 @@ pub struct Armed {
     pub limits: Limits,
     /// What the stream must look like.
     pub inventory: Inventory,
+    /// How the stream is looked at.
+    pub profile: InspectionProfile,
     /// How long the transfer may take from now: the duration budget or the run deadline, whichever is shorter.
     pub time_left: Duration,
 }
 
 /// A day: longer budgets than this are as good as none, and can't overflow the clock.
 const MAX_TIME: Duration = Duration::from_secs(24 * 3600);
+
+/// Off for as long as the inspector hands out no pages: a scan that sees nothing would call everything clean.
+const PAGES_REACH_THE_SCANNER: bool = false;
 
 fn time_left(claims: &PermitClaims, now_unix_s: u64) -> Duration {
     let budget = Duration::from_millis(claims.duration_budget_ms);
@@ -74,6 +80,9 @@ pub enum Refusal {
     /// It allows what can't be inspected, or the inventory is unusable.
     #[error("{0}")]
     Unsupported(Unsupported),
+    /// It asks for an inspection that this version does not know.
+    #[error("{0}")]
+    Profile(UnknownProfile),
     /// The other agent's key can't be used.
     #[error("{0}")]
     PeerKey(ChannelError),
@@ -112,8 +121,12 @@ pub fn arm(
     }
     let limits = Limits::of_permit(permit.claims()).map_err(Refusal::Unsupported)?;
     Inspector::new(&inventory, &limits).map_err(Refusal::Unsupported)?;
+    let profile = InspectionProfile::of_permit(permit.claims()).map_err(Refusal::Profile)?;
+    if profile.signatures && !PAGES_REACH_THE_SCANNER {
+        return Err(Refusal::Unsupported(Unsupported::Feature { feature: "signatures" }));
+    }
     let time_left = time_left(permit.claims(), now_unix_s);
-    Ok(Armed { permit, limits, inventory, time_left })
+    Ok(Armed { permit, limits, inventory, profile, time_left })
 }
 
 fn key_ring(keys: &[(String, String)]) -> Result<KeyRing, Refusal> {

@@ -13,6 +13,7 @@
 //! | `source`, `target` | what to do with bytes, frames, commands and time; no I/O |
 //! | `session` | the poll loop that joins them to their sockets |
 //! | `control`, `peer`, `queue` | the daemon's socket, the other agent's channel, bounded output |
+//! | `signatures` | guest pages to a scanner, and its verdict |
 //! | `sandbox` | what the process gives up before the first byte |
 //!
 //! Invariants met here: nothing is read from QEMU to be sent before the peer proved the permit's key (I3); nothing
@@ -27,5 +28,6 @@ pub mod peer;
 pub mod queue;
 pub mod sandbox;
 pub mod session;
+pub mod signatures;
 pub mod source;
 pub mod target;

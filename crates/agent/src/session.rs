@@ -1,4 +1,4 @@
-//! The poll loop: three sockets, one thread, no waiting on any single one of them.
+//! The poll loop: three sockets (a fourth where signatures are looked for), one thread, no waiting on any single one of them.
 //!
 //! Order within a turn: the daemon first, so that suspend and terminate never wait behind bulk; then the peer, QEMU,
 //! and time. Back-pressure goes both ways: QEMU is not read while much waits for the network, and the network is
@@ -10,6 +10,7 @@ use crate::control::{Control, ControlError};
 use crate::effect::{Effect, End};
 use crate::peer::{HANDSHAKE_LIMIT, HIGH_WATER_BYTES, Peer, PeerError};
 use crate::queue::{OutQueue, Throttle};
+use crate::signatures::Signatures;
 use crate::source::Source;
 use crate::target::Target;
 use crate::{log, sandbox};
@@ -75,6 +76,7 @@ struct Ready {
     pending: PollFlags,
     peer: PollFlags,
     hypervisor: PollFlags,
+    scanner: PollFlags,
 }
 
 /// One agent's life.
@@ -91,6 +93,7 @@ pub struct Session {
     hypervisor: Option<OwnedFd>,
     to_hypervisor: OutQueue,
     half: Option<Half>,
+    signatures: Option<Signatures>,
     suspended: bool,
     throttle: Throttle,
     sequence: u64,
@@ -115,6 +118,7 @@ impl Session {
             hypervisor: None,
             to_hypervisor: OutQueue::default(),
             half: None,
+            signatures: None,
             suspended: false,
             throttle: Throttle::unlimited(now),
             sequence: 0,
@@ -143,6 +147,7 @@ impl Session {
         self.control_turn(ready.control)?;
         self.pending_turn(ready.pending)?;
         self.peer_turn(ready.peer)?;
+        self.scanner_turn(ready.scanner)?;
         self.hypervisor_turn(ready.hypervisor)?;
         self.time_turn()
     }
@@ -153,11 +158,12 @@ impl Session {
         let hypervisor_interest = self.hypervisor_interest(now);
         let mut control_interest = PollFlags::IN;
         control_interest.set(PollFlags::OUT, self.control.wants_write());
-        let wanted: [Option<(BorrowedFd<'_>, PollFlags)>; 4] = [
+        let wanted: [Option<(BorrowedFd<'_>, PollFlags)>; 5] = [
             Some((self.control.fd(), control_interest)),
             self.pending_peer.as_ref().map(|(fd, _)| (fd.as_fd(), PollFlags::IN)),
             self.peer.as_ref().map(|peer| (peer.fd(), self.peer_interest(peer))),
             self.hypervisor.as_ref().zip(hypervisor_interest).map(|(fd, interest)| (fd.as_fd(), interest)),
+            self.signatures.as_ref().and_then(Signatures::interest),
         ];
         let mut fds = Vec::with_capacity(wanted.len());
         let places = wanted.map(|fd| {
@@ -171,9 +177,9 @@ impl Session {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(internal(format!("waiting failed: {errno}"))),
         }
-        let [control, pending, peer, hypervisor] =
+        let [control, pending, peer, hypervisor, scanner] =
             places.map(|place| place.and_then(|at| fds.get(at)).map_or(PollFlags::empty(), PollFd::revents));
-        Ok(Ready { control, pending, peer, hypervisor })
+        Ok(Ready { control, pending, peer, hypervisor, scanner })
     }
 
     fn timeout(&self, now: Instant) -> Duration {
@@ -187,6 +193,9 @@ impl Session {
         if let Some((_, deadline)) = &self.pending_peer {
             until = until.min(*deadline);
         }
+        if let Some(deadline) = self.signatures.as_ref().and_then(Signatures::deadline) {
+            until = until.min(deadline);
+        }
         let left = until.saturating_duration_since(now);
         // A throttled source has no descriptor that would wake it.
         if self.throttle.is_limited() { left.min(Throttle::PAUSE) } else { left }
@@ -194,7 +203,8 @@ impl Session {
 
     fn wants_peer(&self) -> bool {
         let high_water = if self.suspended { SUSPENDED_HIGH_WATER_BYTES } else { HIGH_WATER_BYTES };
-        matches!(self.half, Some(Half::Source(_))) || self.to_hypervisor.len() < high_water
+        let room = self.signatures.as_ref().is_none_or(Signatures::has_room);
+        matches!(self.half, Some(Half::Source(_))) || (self.to_hypervisor.len() < high_water && room)
     }
 
     fn peer_interest(&self, peer: &Peer) -> PollFlags {
@@ -321,10 +331,19 @@ impl Session {
                 "ATTACH without a descriptor, or for a second channel",
             ));
         };
-        let Some(identity) = self.identity.as_ref().filter(|_| self.armed.is_some()) else {
+        let Some((identity, armed)) = self.identity.as_ref().zip(self.armed.as_ref()) else {
             return Err(refused(ErrorCode::WrongState, "ATTACH before ARM"));
         };
+        let scans = identity.side == Side::Target && armed.profile.signatures;
         match kind {
+            Descriptor::Scanner if scans && self.signatures.is_none() => {
+                self.signatures = Some(Signatures::new(fd, signature::Policy::default(), &armed.inventory));
+                Ok(())
+            }
+            // The permit asks for what would not be done.
+            Descriptor::Peer if scans && self.signatures.is_none() => {
+                Err(refused(ErrorCode::WrongState, "ATTACH of the peer before the permit's scanner"))
+            }
             Descriptor::Hypervisor if self.hypervisor.is_none() => {
                 self.hypervisor = Some(fd);
                 Ok(())
@@ -465,6 +484,21 @@ impl Session {
             Some(half) => on_half!(half, it => it.peer_gone(&error.to_string())),
             None => Vec::new(),
         };
+        self.apply(effects)
+    }
+
+    /// What the scanner says, and what comes of it once the stream is complete.
+    fn scanner_turn(&mut self, ready: PollFlags) -> Result<(), Stop> {
+        let now = Instant::now();
+        let (Some(signatures), Some(Half::Target(target))) = (&mut self.signatures, &mut self.half) else {
+            return Ok(());
+        };
+        signatures.ready(ready, now);
+        if target.is_judging() {
+            signatures.finish(now);
+        }
+        let judgement = signatures.judgement(|block| target.block_name(block));
+        let effects = judgement.map_or_else(Vec::new, |judgement| target.judged(judgement, now));
         self.apply(effects)
     }
 

@@ -1,15 +1,18 @@
 //! The target's half: inspects, releases, holds QEMU's final acknowledgement back. No I/O.
 //!
 //! ```text
-//! Receiving –END, inspector and digest agree→ Releasing –all written→ Accepted
+//! Receiving –END, inspector and digest agree→ [Judging –verdict→] Releasing –all written→ Accepted
 //!     └ anything breaks: end, QEMU's socket closes without another byte
+//!
+//! Judging only where the permit asks for signatures: the device state waits for the scanner's verdict.
 //! ```
 
 use crate::arm::Armed;
 use crate::effect::Effect;
 use crate::log;
+use crate::signatures::Judgement;
 use crate::source::{micros, return_finding};
-use engine::inspect::{Inspector, Pages, Unsupported, finding};
+use engine::inspect::{HeldState, Inspector, Pages, Unsupported, finding};
 use serde_json::json;
 use std::time::Instant;
 use types::ErrorCode;
@@ -19,9 +22,10 @@ use types::migration::{Finding, Severity};
 use wire::frame::Control;
 use wire::qemu::return_path::{Decoder, Message};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Stage {
     Receiving,
+    Judging { evidence: StreamEvidence, state: HeldState },
     Releasing { evidence: StreamEvidence, held_us: u64 },
     Accepted,
 }
@@ -33,6 +37,8 @@ pub struct Target {
     inspector: Inspector,
     hasher: blake3::Hasher,
     held_since: Option<Instant>,
+    /// Whether the device state waits for a verdict.
+    awaits_verdict: bool,
     released_bytes: u64,
     time_budget: Instant,
     suspended: bool,
@@ -51,6 +57,7 @@ impl Target {
             inspector: Inspector::new(&armed.inventory, &armed.limits)?,
             hasher: blake3::Hasher::new(),
             held_since: None,
+            awaits_verdict: armed.profile.signatures,
             released_bytes: 0,
             time_budget: now + armed.time_left,
             suspended: false,
@@ -77,6 +84,12 @@ impl Target {
         self.inspector.pages()
     }
 
+    /// The name of a RAM block by its index in the stream's own list.
+    #[must_use]
+    pub fn block_name(&self, index: u16) -> Option<String> {
+        self.inspector.block_name(usize::from(index))
+    }
+
     /// Bytes of the stream. What may reach QEMU is given to `release`.
     ///
     /// # Errors
@@ -90,7 +103,7 @@ impl Target {
         match self.stage {
             Stage::Receiving => {}
             // Nothing can be undone any more, and nothing of this reaches QEMU.
-            Stage::Releasing { .. } | Stage::Accepted => {
+            Stage::Judging { .. } | Stage::Releasing { .. } | Stage::Accepted => {
                 return Err(self.peer_gone("the other agent sent stream bytes after the end"));
             }
         }
@@ -132,6 +145,38 @@ impl Target {
         if evidence != claimed {
             return vec![reject(digest_finding(claimed, evidence))];
         }
+        if self.awaits_verdict {
+            self.stage = Stage::Judging { evidence, state };
+            return Vec::new();
+        }
+        self.release(evidence, state, now)
+    }
+
+    /// Whether only the verdict on guest pages is awaited.
+    #[must_use]
+    pub fn is_judging(&self) -> bool {
+        matches!(self.stage, Stage::Judging { .. })
+    }
+
+    /// The verdict on guest pages; before the end of the stream only one that refuses counts.
+    pub fn judged(&mut self, judgement: Judgement, now: Instant) -> Vec<Effect> {
+        let observed = |finding| Effect::report(FromAgent::Observed { finding: Box::new(finding) });
+        let mut effects: Vec<Effect> = Vec::new();
+        match (std::mem::replace(&mut self.stage, Stage::Receiving), judgement.refusal) {
+            (Stage::Receiving | Stage::Judging { .. }, Some(refusal)) => {
+                effects.extend(judgement.findings.into_iter().map(observed));
+                effects.push(reject(refusal));
+            }
+            (Stage::Judging { evidence, state }, None) => {
+                effects.extend(judgement.findings.into_iter().map(observed));
+                effects.extend(self.release(evidence, state, now));
+            }
+            (stage, _) => self.stage = stage,
+        }
+        effects
+    }
+
+    fn release(&mut self, evidence: StreamEvidence, state: HeldState, now: Instant) -> Vec<Effect> {
         let held_us = self.held_since.map_or(0, |since| micros(now.duration_since(since)));
         self.stage = Stage::Releasing { evidence, held_us };
         self.released_bytes += state.bytes.len() as u64;
@@ -185,7 +230,7 @@ impl Target {
 
     /// The channel is gone. An accepted stream needs it no more.
     pub fn peer_gone(&mut self, detail: &str) -> Vec<Effect> {
-        if self.stage == Stage::Receiving {
+        if matches!(self.stage, Stage::Receiving | Stage::Judging { .. }) {
             return vec![Effect::end(EndedBy::Peer, detail, ErrorCode::ChannelFailed)];
         }
         log::line("warning", "peer-gone-after-the-end", &[("detail", json!(detail))]);
@@ -209,7 +254,7 @@ impl Target {
 
     /// Time passed.
     pub fn tick(&mut self, now: Instant) -> Vec<Effect> {
-        if self.stage == Stage::Receiving && now >= self.time_budget {
+        if matches!(self.stage, Stage::Receiving | Stage::Judging { .. }) && now >= self.time_budget {
             let detail = "the stream takes longer than the permit allows";
             return vec![Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded)];
         }

@@ -6,16 +6,18 @@
 mod streams;
 mod support;
 
-use engine::inspect::learn;
+use engine::inspect::{Violation, finding, learn};
 use link::channel::EphemeralKey;
 use outrider_agent::arm::{Armed, Identity, arm};
 use outrider_agent::effect::{Effect, End};
+use outrider_agent::signatures::Judgement;
 use outrider_agent::source::Source;
 use outrider_agent::target::Target;
 use std::time::Instant;
 use support::{NOW_UNIX_S, claims, migration, sign};
 use types::agent::FromAgent;
 use types::handover::{Side, StreamEvidence};
+use types::migration::Finding;
 use types::{Digest, ErrorCode};
 use wire::frame::Control;
 
@@ -87,6 +89,48 @@ fn digests_that_differ_release_no_device_state() {
     let effects = target.control(Control::End(good), Instant::now());
     let [Effect::ToHypervisor(held)] = &effects[..] else { panic!("{effects:?}") };
     assert!([released, held.clone()].concat() == stream);
+}
+
+fn judging() -> (Target, Vec<u8>) {
+    let stream = streams::handmade();
+    let mut armed = armed();
+    armed.profile.signatures = true;
+    let mut target = Target::new(&armed, Instant::now()).unwrap();
+    target.data(&stream, Instant::now(), &mut |_| {}).unwrap();
+    let evidence = StreamEvidence { stream_bytes: stream.len() as u64, digest: Digest::of(&stream) };
+    assert_eq!(target.control(Control::End(evidence), Instant::now()), []);
+    assert!(target.is_judging());
+    (target, stream)
+}
+
+fn signature_finding() -> Finding {
+    let violation = Violation::new("SIG-1", 0, "pc.ram at 0x1000", "no signature", "rule EICAR");
+    finding(&violation, 0, "terminated")
+}
+
+/// Signatures: the verdict comes before the device state is released.
+#[test]
+fn the_device_state_waits_for_the_verdict() {
+    let (mut target, stream) = judging();
+    assert_eq!(target.flushed(0), [], "nothing is accepted yet");
+    let clean = Judgement { refusal: None, findings: vec![signature_finding()] };
+    let effects = target.judged(clean.clone(), Instant::now());
+    let [Effect::Report(observed), Effect::ToHypervisor(held)] = &effects[..] else { panic!("{effects:?}") };
+    assert!(matches!(&**observed, FromAgent::Observed { .. }));
+    assert!(stream.ends_with(held) && held.len() == stream.len() - streams::Marks::of(&stream).devices);
+    assert_eq!(target.judged(clean, Instant::now()), [], "it is judged once");
+    assert_eq!(target.flushed(0).len(), 2);
+}
+
+#[test]
+fn a_verdict_that_refuses_releases_nothing() {
+    let refusing = Judgement { refusal: Some(signature_finding()), findings: vec![] };
+    let (mut target, _) = judging();
+    assert_eq!(rule(&target.judged(refusing.clone(), Instant::now())), Some("SIG-1"));
+    // Before the end as well; a clean one counts only then.
+    let (mut target, _) = target_with(&streams::handmade());
+    assert_eq!(target.judged(Judgement { refusal: None, findings: vec![] }, Instant::now()), []);
+    assert_eq!(rule(&target.judged(refusing, Instant::now())), Some("SIG-1"));
 }
 
 #[test]

@@ -147,21 +147,7 @@ impl AgentSpawner {
         {
             tracing::warn!(folder = %self.folder.display(), %error, "old agents' logs");
         }
-        for child in self.group.children() {
-            for pid in child.processes() {
-                let held = ProcessId::of(pid).and_then(|id| Process::adopt(&id));
-                // Only what is still in the group after it was held: the pid may have been reused in between.
-                if let Ok(Some(process)) = held
-                    && child.processes().contains(&pid)
-                {
-                    process.signal(Signal::KILL).ok();
-                    process.exited().await;
-                }
-            }
-            if let Err(error) = child.remove() {
-                tracing::warn!(error = chain(&error), "an old agent's cgroup");
-            }
-        }
+        end_processes_in(&self.group).await;
     }
 
     fn locate(&self) -> Result<PathBuf, Problem> {
@@ -302,6 +288,25 @@ impl Agent {
         }
         relay_log(&self.log);
         remove_file(&self.log);
+    }
+}
+
+/// Ends by force what is left in the children of a group, and removes them.
+pub(crate) async fn end_processes_in(group: &Group) {
+    for child in group.children() {
+        for pid in child.processes() {
+            let held = ProcessId::of(pid).and_then(|id| Process::adopt(&id));
+            // Only what is still in the group after it was held: the pid may have been reused in between.
+            if let Ok(Some(process)) = held
+                && child.processes().contains(&pid)
+            {
+                process.signal(Signal::KILL).ok();
+                process.exited().await;
+            }
+        }
+        if let Err(error) = child.remove() {
+            tracing::warn!(error = chain(&error), "an old process's cgroup");
+        }
     }
 }
 

@@ -12,12 +12,12 @@
 //! reads strangers' bytes), but what it says must fit what it was asked, and its silence runs into a deadline.
 
 use crate::collector::{Batch, Collector};
-use crate::frame::{Answer, AnswerReader, MAX_HITS_PER_BATCH, Request, Response, Run};
+use crate::frame::{Answer, AnswerReader, MAX_BATCH_BYTES, MAX_HITS_PER_BATCH, Request, Response, Run};
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-/// Bytes of batches that were not answered yet. With what the collector holds open: under 2 MiB.
-pub const MAX_IN_FLIGHT_BYTES: usize = 1 << 20;
+/// Bytes of batches that were not answered yet: four full ones. With what the collector holds: under 2 MiB.
+pub const MAX_IN_FLIGHT_BYTES: usize = 4 * MAX_BATCH_BYTES;
 /// A stream that waits for the scanner goes on below this: a turn's worth of pages still fits above it.
 const ROOM_BYTES: usize = MAX_IN_FLIGHT_BYTES / 2;
 /// Hits that are named; the others are counted.
@@ -129,6 +129,14 @@ pub struct Verdict {
     pub skipped_bytes: u64,
     /// What went wrong.
     pub trouble: Option<Trouble>,
+}
+
+impl Verdict {
+    /// Bytes of guest memory that passed.
+    #[must_use]
+    pub fn taken_bytes(&self) -> u64 {
+        self.scanned_bytes.saturating_add(self.skipped_bytes)
+    }
 }
 
 #[derive(Debug)]

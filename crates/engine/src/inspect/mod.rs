@@ -219,6 +219,12 @@ impl Inspector {
         self.rules.devices_begin.map(|_| self.rules.held.len())
     }
 
+    /// The name of a RAM block by its index in the stream's own list, fit to be shown.
+    #[must_use]
+    pub fn block_name(&self, index: usize) -> Option<String> {
+        self.parser.blocks()?.name(index).map(printable)
+    }
+
     /// Pages so far.
     #[must_use]
     pub fn pages(&self) -> Pages {

@@ -259,7 +259,7 @@ impl Manager {
             duration_budget_ms: 600_000,
             downtime_budget_ms: 5_000,
             features: StreamFeatures::default(),
-            inspection_profile: "default".to_owned(),
+            inspection_profile: "strict".to_owned(),
             compatibility: "qemu".to_owned(),
         };
         let token = permit::issue(&self.permit_key, "k1", &claims).unwrap();
