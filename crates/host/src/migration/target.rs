@@ -2,7 +2,7 @@
 
 use super::attempt::AttemptFile;
 use super::hypervisor;
-use super::link::{AgentLink, next_of};
+use super::link::{AgentLink, channel_problem, next_of};
 use super::timers::Timers;
 use super::{
     Answer, Control, Crash, Input, Line, Machine, Mirror, PeerAnswer, Work, answer, ms_between, name_of,
@@ -13,6 +13,7 @@ use crate::channel;
 use crate::daemon::{Daemon, IdleAgent, lock};
 use crate::peer::PeerServer;
 use crate::qmp::QmpError;
+use crate::scanner::Scanner;
 use crate::vms::instance::Instance;
 use crate::vms::record::Phase;
 use engine::handover::journal::{Entry, TargetEntry};
@@ -27,6 +28,7 @@ use tokio::sync::{mpsc, oneshot};
 use types::agent::{Descriptor, FromAgent, ToAgent};
 use types::handover::{AbortReason, Statement};
 use types::inventory::Inventory;
+use types::profile::InspectionProfile;
 use types::vm::VmSpec;
 use types::{ErrorCode, MigrationId, Problem};
 
@@ -81,6 +83,7 @@ pub struct TargetShell {
     own_inbox: mpsc::WeakSender<Input>,
     mirror: Mirror,
     agent: Option<AgentLink>,
+    scanner: Option<Scanner>,
     hypervisor: Option<OwnedFd>,
     peer: Option<mpsc::Receiver<std::io::Result<OwnedFd>>>,
     strangers: Option<mpsc::Receiver<SocketAddr>>,
@@ -125,6 +128,7 @@ impl TargetShell {
             own_inbox,
             mirror,
             agent: None,
+            scanner: None,
             hypervisor: None,
             peer: None,
             strangers: None,
@@ -335,6 +339,11 @@ impl TargetShell {
                     format!("{}: expected {}, found {}", finding.rule, finding.expected, finding.found);
                 Some(Event::StreamRejected { detail: text })
             }
+            FromAgent::Observed { finding } => {
+                let detail = serde_json::to_value(&*finding).unwrap_or_default();
+                self.daemon.event(migration, "finding", detail);
+                None
+            }
             FromAgent::Ended { what, detail, .. } => {
                 self.daemon.event(migration, "ended", json!({"what": what, "detail": detail}));
                 Some(Event::ChannelLost { detail })
@@ -451,6 +460,7 @@ impl TargetShell {
             .ok_or_else(|| Problem::new(ErrorCode::WrongState, "no VM agent was spawned for it"))?;
         let link = self.agent.insert(AgentLink::new(idle.agent));
         link.arm(&self.daemon, setup.permit.clone(), setup.inventory.clone()).await?;
+        self.attach_scanner().await?;
         let instance = self.daemon.vms.prepare(&setup.spec, &key, &setup.inventory).await?;
         self.instance = Some(instance.clone());
         let failed = |e: QmpError| Problem::new(ErrorCode::HypervisorFailed, e.to_string());
@@ -468,6 +478,18 @@ impl TargetShell {
             file.save(&self.daemon).map_err(|e| e.problem())?;
         }
         Ok((Prepared { data_address, peer_address }, hypervisor::facts(&instance)))
+    }
+
+    /// A scanner beside the agent, where the permit asks for one: an agent without it takes no peer.
+    async fn attach_scanner(&mut self) -> Result<(), Problem> {
+        let file = AttemptFile::load(&self.daemon, self.migration());
+        let profile = file.and_then(|file| InspectionProfile::of_permit(&file.claims).ok());
+        let (Some(link), true) = (&self.agent, profile.is_some_and(|profile| profile.signatures)) else {
+            return Ok(());
+        };
+        let (scanner, socket, _) = self.daemon.scanners.spawn().await?;
+        self.scanner = Some(scanner);
+        link.agent().attach(0, Descriptor::Scanner, socket).await.map_err(channel_problem)
     }
 
     fn accept_from(&mut self, source: IpAddr) -> Result<SocketAddr, Problem> {
@@ -595,6 +617,9 @@ impl TargetShell {
         }
         if let Some(link) = self.agent.take() {
             link.agent().end().await;
+        }
+        if let Some(scanner) = self.scanner.take() {
+            scanner.end().await;
         }
     }
 
