@@ -58,7 +58,7 @@ pub struct Policy {
 
 impl Default for Policy {
     /// The stream is never slowed down, and a scanner that fails is no way around the signatures. What was skipped is
-    /// reported. A busy minute is some 30 GB; 200 ms are far more than the 2 MiB that can be left need.
+    /// reported. A busy minute is some 60 GB; 200 ms are far more than the 2 MiB that can be left need.
     fn default() -> Self {
         Self {
             scan_budget: Duration::from_secs(60),

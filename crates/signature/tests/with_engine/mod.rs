@@ -249,6 +249,18 @@ fn throughput() {
         let rate = total as f64 / begun.elapsed().as_secs_f64() / 1e9;
         println!("runs of {} KiB: {rate:.2} GB/s; {}", size >> 10, scanner.memory());
     }
+    let pages = 64usize;
+    let runs: Vec<Run> =
+        (0..pages as u64).map(|n| Run { block: 0, offset: n * 8192, length: 4096 }).collect();
+    let begun = Instant::now();
+    for _ in 0..512 {
+        let batch = Request::Batch { id, runs: runs.clone(), bytes: &content[..pages * PAGE] };
+        scanner.socket.write_all(&batch.encode().unwrap()).unwrap();
+        assert!(matches!(scanner.answer(), Some(Answer::Scanned { .. })));
+        id += 1;
+    }
+    let rate = (512 * pages * PAGE) as f64 / begun.elapsed().as_secs_f64() / 1e9;
+    println!("64 scattered pages a batch: {rate:.2} GB/s");
     let mut scan = Scan::new(patient());
     for page in 0..512u64 {
         scan.page(0, page * 4096, &content[..PAGE]);

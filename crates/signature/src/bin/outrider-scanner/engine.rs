@@ -4,7 +4,7 @@ use outrider_signature::Response;
 use std::time::Duration;
 use yara_x::{Compiler, MetaValue, Rule, Rules, Scanner, SourceCode};
 
-/// A run of 256 KiB takes half a millisecond. The engine counts whole seconds: this is one to two of them.
+/// A run of 256 KiB takes a fifth of a millisecond. The engine counts whole seconds: this is one to two of them.
 const RUN_LIMIT: Duration = Duration::from_secs(2);
 /// A guest can fill its memory with a pattern; more matches of one pattern in one run tell nothing new.
 const MAX_MATCHES_PER_PATTERN: usize = 1000;

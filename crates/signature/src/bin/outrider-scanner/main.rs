@@ -14,7 +14,7 @@ use sandbox::{ExecutableMemory, Profile};
 use serve::Socket;
 use std::process::ExitCode;
 
-/// Memory: a run of batches, and what the engine makes of the rules; 50 rules take a tenth of it.
+/// Memory: the engine reserves room for its code and for its thread; with 50 rules 232 MiB, of which 16 are used.
 /// Calls: the engine's clock is a thread that sleeps. It is started before the filter, and may still be on its way into
 /// its first sleep when the filter is laid over it.
 const PROFILE: Profile = Profile {
