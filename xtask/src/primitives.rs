@@ -27,6 +27,7 @@ const KILLERS: &[&str] = &[
     "host/src/migration/",
     "host/src/vms/",
     "host/src/agents.rs",
+    "host/src/scanner.rs",
 ];
 /// Letting a guest run: the hand-over's effects, and the first start of a VM.
 const MONITOR: &[&str] =
