@@ -49,6 +49,21 @@ guestd
 echo GUEST-DAEMON-ENDED; poweroff -f
 "#;
 
+/// First program of a guest that only shows that it is alive.
+const TICKING_INIT: &str = r#"#!/bin/sh
+export PATH=/bin
+mkdir -p /proc /sys /dev
+mount -t proc p /proc; mount -t sysfs s /sys; mount -t devtmpfs d /dev
+while read module; do insmod /lib/modules/$module.ko; done < /lib/modules/order
+n=0
+while true; do
+  for device in /dev/vda /dev/vdb /dev/hwrng; do
+    [ -e $device ] && busybox dd if=$device of=/dev/null bs=4096 count=4 2>/dev/null
+  done
+  n=$((n + 1)); echo TICK $n; busybox sleep 0.1
+done
+"#;
+
 /// What every guest of the lab has on its kernel command line. `no_timer_check`: an emulated, loaded machine
 /// can fail the kernel's timer check and panic. No huge pages: they would move the counter page.
 pub const BASE_COMMAND_LINE: &str = "console=ttyS0 quiet no_timer_check panic=-1 transparent_hugepage=never";
@@ -76,12 +91,28 @@ impl GuestImage {
         Ok(image)
     }
 
+    /// The same image with another first program: it uses the disks and says `TICK` on the console, for ever.
+    pub fn ticking(&self, folder: &Path) -> Result<Self> {
+        let mut archive = Archive::default();
+        archive.file("init", TICKING_INIT.as_bytes());
+        let overlay = folder.join("overlay.gz");
+        compress(&archive.finish(), &overlay)?;
+        // The kernel unpacks one archive after the other; later files replace earlier ones.
+        let mut bytes = read(&self.initrd)?;
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes.extend(read(&overlay)?);
+        let initrd = folder.join("ticking.gz");
+        fs::write(&initrd, bytes).with_context(|| format!("writing {}", initrd.display()))?;
+        Ok(Self { kernel: self.kernel.clone(), initrd })
+    }
+
     fn in_folder(folder: &Path) -> Self {
         Self { kernel: folder.join("vmlinuz"), initrd: folder.join("initrd.gz") }
     }
 }
 
-fn target_folder() -> Result<PathBuf> {
+/// Cargo's build folder.
+pub(crate) fn target_folder() -> Result<PathBuf> {
     if let Some(folder) = std::env::var_os("CARGO_TARGET_DIR") {
         return Ok(folder.into());
     }

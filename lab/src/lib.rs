@@ -7,6 +7,7 @@
 //!  ├─ capture  the migration network, searched  vm ───── plain QEMU over QMP (baselines)
 //!  ├─ client   what the guest's user sees       plain ── plain migrations and QEMU's split brain
 //!  └─ observer how many copies run (never QMP)
+//! qemu ─── versions of QEMU, processes of them   inspection ── the inspector between real QEMUs
 //! ```
 
 pub mod bench;
@@ -17,10 +18,12 @@ pub mod demo;
 pub mod fault;
 pub mod fleet;
 pub mod guest;
+pub mod inspection;
 pub mod net;
 pub mod observer;
 pub mod plain;
 pub mod process;
+pub mod qemu;
 pub mod qmp;
 pub mod relay;
 pub mod require;

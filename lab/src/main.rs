@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use outrider_lab::client::{self, Client};
+use outrider_lab::inspection::{differential, migrations};
 use outrider_lab::net::{self, Machine, Net};
 use outrider_lab::{bench, demo, guest};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -47,6 +48,18 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Migrate real VMs of random shapes through the inspector: none may be refused.
+    InspectMigrations {
+        /// Options of the runs.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Give mutated streams to the inspector and to stock QEMU: what the one accepts, the other must complete.
+    Differential {
+        /// Options of the runs.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Lay the namespaces and keep them until Ctrl-C.
     Up,
     /// Remove what dead runs left behind.
@@ -77,6 +90,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Guest { unpacked, daemon, out } => {
             guest::make(&unpacked, &daemon, &out).map(|_| ExitCode::SUCCESS)
         }
+        Command::InspectMigrations { arguments } => migrations::run(&arguments),
+        Command::Differential { arguments } => differential::run(&arguments),
         Command::Up => up(),
         Command::Down => down(),
         Command::Client { address } => talk(address),

@@ -32,6 +32,11 @@ impl Qmp {
     pub fn connect(path: &Path) -> Result<Self> {
         let stream =
             process::wait_for("QEMU's monitor socket", CONNECT_LIMIT, || Ok(UnixStream::connect(path).ok()))?;
+        Self::over(stream)
+    }
+
+    /// Negotiates over a connection that is already there.
+    pub fn over(stream: UnixStream) -> Result<Self> {
         let lines = BufReader::new(stream.try_clone().context("sharing the monitor connection")?);
         let mut qmp = Self { stream, lines, partial: String::new(), events: VecDeque::new() };
         qmp.message(Instant::now() + REPLY_LIMIT)?.context("QEMU sent no greeting")?;

@@ -74,6 +74,8 @@ const ROOMS: [Room; 14] = [
         "outrider",
         &[
             "outrider-types",
+            "outrider-wire",
+            "outrider-engine",
             "outrider-api",
             "outrider-link",
             "outrider-manager",
@@ -82,8 +84,13 @@ const ROOMS: [Room; 14] = [
         ],
         &[],
     ),
-    // It drives the built programs from outside, and knows only the shapes of what they print.
-    room("outrider-lab", &["outrider-lab-guest", "outrider-types"], &["tokio", "sqlx"]),
+    // It drives the built programs from outside, and knows only the shapes of what they print; the inspector alone
+    // it also puts between real QEMUs by itself.
+    room(
+        "outrider-lab",
+        &["outrider-lab-guest", "outrider-types", "outrider-wire", "outrider-engine"],
+        &["tokio", "sqlx"],
+    ),
 ];
 
 const fn room(

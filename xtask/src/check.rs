@@ -5,17 +5,18 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 
 use crate::run::{self, Workspace};
-use crate::{arrows, primitives};
+use crate::{arrows, primitives, rules};
 
 /// Pinned by nothing but its lock file; installed where it is missing, which takes some minutes once.
 const DENY: &str = "cargo-deny";
 
 type Step = (&'static str, fn(&Workspace) -> Result<()>);
 
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 7] = [
     ("format", format),
     ("arrows between rooms", arrows::check),
     ("hand-over primitives", primitives::check),
+    ("inspector's rules", rules::check),
     ("lints", lints),
     ("documentation", documentation),
     ("licences, bans, sources", supply_chain),

@@ -1,12 +1,14 @@
-//! Project commands: `cargo xtask setup|test|check|demo|bench`.
+//! Project commands: `cargo xtask setup|test|check|evidence|demo|bench`.
 //!
 //! Every command first brings the machine to where it needs it (see [`packages`] and [`guest`]), and says what it runs.
 
 mod arrows;
 mod check;
+mod evidence;
 mod guest;
 mod packages;
 mod primitives;
+mod rules;
 mod run;
 mod test;
 
@@ -22,6 +24,8 @@ usage: cargo xtask COMMAND
   setup [--yes]        install the missing Debian packages, make the guest image
   test  [--yes] [ARG…] run every test; --deny-skips: a skip is a failure; other ARGs go to cargo-nextest
   check [STEP…]        the quality gate: format, arrows, hand-over primitives, lints, documentation, licences
+  evidence NAME        a long count, kept as evidence/NAME.json; --share N: one in N of it, not kept; --seed S
+  evidence --list      the kinds; --check: which records are older than the code they speak of
   demo  [--yes] [ARG…] live-migrate a real guest; ARGs go to `outrider-lab demo`
   bench [--yes] [ARG…] compare with plain QEMU; ARGs go to `outrider-lab bench`
 
@@ -51,6 +55,7 @@ fn dispatch(arguments: Vec<String>) -> Result<ExitCode> {
             test::run(&workspace, &rest)
         }
         "check" => check::run(&workspace, &rest),
+        "evidence" => evidence(&workspace, consent, &rest),
         "demo" | "bench" => {
             setup(&workspace, consent)?;
             lab(&workspace, &command, &rest)
@@ -73,6 +78,14 @@ fn dispatch(arguments: Vec<String>) -> Result<ExitCode> {
 fn setup(workspace: &Workspace, consent: Consent) -> Result<()> {
     packages::ensure(workspace, consent)?;
     guest::ensure(workspace)
+}
+
+/// Only a run needs the machine prepared.
+fn evidence(workspace: &Workspace, consent: Consent, arguments: &[String]) -> Result<ExitCode> {
+    if !arguments.iter().any(|word| word == "--list" || word == "--check") {
+        setup(workspace, consent)?;
+    }
+    evidence::run(workspace, arguments)
 }
 
 /// Runs `outrider-lab COMMAND`, with the project's binaries built beside it, and hands on its exit code.

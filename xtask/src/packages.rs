@@ -1,8 +1,10 @@
-//! Debian packages: finds what is missing, asks, installs it; downloads what the guest is made from.
+//! Debian packages: finds what is missing, asks, installs it; downloads what the lab only unpacks.
 //!
 //! The machine's own apt configuration stays as it was: apt is given a temporary list of sources and a
-//! folder of its own for what it fetches about them. Kernel and busybox of the guest are only unpacked
-//! into the lab's cache, never installed.
+//! folder of its own for what it fetches about them. Kernel and busybox of the guest, and the older QEMU beside
+//! the installed one, are only unpacked into the lab's cache (see [`download`]), never installed.
+
+mod download;
 
 use std::fs;
 use std::io::{IsTerminal, Write, stderr, stdin};
@@ -17,9 +19,6 @@ use crate::run::{self, Workspace};
 const RELEASE: &str = "bookworm";
 /// Oldest QEMU whose switchover the project is tested with.
 const QEMU_MAJOR: u32 = 10;
-/// The package that depends on the newest cloud kernel.
-const KERNEL_META: &str = "linux-image-cloud-amd64";
-
 /// May packages be installed without a question?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Consent {
@@ -50,21 +49,21 @@ const fn need(package: &'static str, backports: bool, least_major: u32) -> Need 
     Need { package, backports, least_major }
 }
 
-/// Installs what is missing and downloads what the guest image is made from.
+/// Installs what is missing and downloads what is only unpacked.
 pub(crate) fn ensure(workspace: &Workspace, consent: Consent) -> Result<()> {
     let missing: Vec<&Need> = NEEDS.iter().filter(|need| !is_installed(need)).collect();
-    let unpacked = unpacked_folder(workspace);
-    let complete = unpacked.join(".complete").exists();
-    if missing.is_empty() && complete {
+    let cache = workspace.lab_cache();
+    let wanted = download::missing(&cache);
+    if missing.is_empty() && wanted.is_empty() {
         eprintln!("packages: nothing to install");
     } else {
         require_debian()?;
-        let apt = Apt::with_backports(&workspace.lab_cache().join("apt"))?;
+        let apt = Apt::with_backports(&cache.join("apt"))?;
         if !missing.is_empty() {
             install(&apt, &missing, consent)?;
         }
-        if !complete {
-            download_guest_packages(&apt, &workspace.lab_cache().join("debs"), &unpacked)?;
+        for bundle in wanted {
+            download::fetch(&apt, &cache, bundle)?;
         }
     }
     ensure_nextest(workspace)
@@ -72,7 +71,7 @@ pub(crate) fn ensure(workspace: &Workspace, consent: Consent) -> Result<()> {
 
 /// Where the guest's packages are unpacked.
 pub(crate) fn unpacked_folder(workspace: &Workspace) -> PathBuf {
-    workspace.lab_cache().join("unpacked")
+    workspace.lab_cache().join(download::GUEST)
 }
 
 fn is_installed(need: &Need) -> bool {
@@ -98,7 +97,8 @@ fn require_debian() -> Result<()> {
     let is_ours = release.lines().any(|line| line.trim() == format!("VERSION_CODENAME={RELEASE}"));
     ensure!(
         is_ours,
-        "packages are missing ({}), and this machine is not Debian 12 ({RELEASE}): install them by hand",
+        "packages are missing (to install: {:?}; to download: what the guest and the older QEMU are made of), and \
+         this machine is not Debian 12 ({RELEASE}): install them by hand",
         names(&NEEDS.iter().filter(|need| !is_installed(need)).collect::<Vec<_>>())
     );
     Ok(())
@@ -148,39 +148,6 @@ fn agreed(list: &str, consent: Consent) -> Result<bool> {
     let mut answer = String::new();
     stdin().read_line(&mut answer).context("reading the answer")?;
     Ok(matches!(answer.trim().to_lowercase().as_str(), "" | "y" | "yes"))
-}
-
-/// Downloads kernel and busybox and unpacks them; `.complete` is written last, so that a broken attempt is repeated.
-fn download_guest_packages(apt: &Apt, debs: &Path, unpacked: &Path) -> Result<()> {
-    let depends = run::quiet(apt.command("apt-cache").args(["depends", KERNEL_META]))?;
-    let kernel = depends
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: "))
-        .with_context(|| format!("{KERNEL_META} depends on no kernel"))?;
-    eprintln!("packages: downloading {kernel} and busybox-static for the guest");
-    for folder in [debs, unpacked] {
-        remove_folder(folder)?;
-        fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-    }
-    let mut download = apt.command("apt-get");
-    download.args(["download", "--quiet", "-o", "APT::Sandbox::User=root", kernel, "busybox-static"]);
-    run::quiet(download.current_dir(debs))?;
-    for entry in fs::read_dir(debs).with_context(|| format!("listing {}", debs.display()))? {
-        let deb = entry.with_context(|| format!("listing {}", debs.display()))?.path();
-        run::quiet(Command::new("dpkg-deb").arg("--extract").arg(&deb).arg(unpacked))?;
-    }
-    remove_folder(debs)?;
-    let mark = unpacked.join(".complete");
-    fs::write(&mark, kernel).with_context(|| format!("writing {}", mark.display()))
-}
-
-fn remove_folder(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("removing {}", folder.display()))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// apt with sources of our own.

@@ -28,6 +28,15 @@ const KILLERS: &[&str] = &[
     "host/src/vms/",
     "host/src/agents.rs",
     "host/src/scanner.rs",
+    "host/src/sweep.rs",
+];
+/// Ending all that is in a group: half-started QEMUs, agents, scanners, dry runs; never a QEMU that may hold a guest.
+const SWEEPERS: &[&str] = &[
+    "host/src/sweep.rs",
+    "host/src/agents.rs",
+    "host/src/scanner.rs",
+    "host/src/vms/mod.rs",
+    "host/src/qemu/catalogue/",
 ];
 /// Letting a guest run: the hand-over's effects, and the first start of a VM.
 const MONITOR: &[&str] =
@@ -36,7 +45,7 @@ const MONITOR: &[&str] =
 /// Moving a VM's location, which is what a commit does.
 const DECIDER: &[&str] = &["manager/src/migration/handover.rs", "registry/src/vms.rs"];
 
-const PRIMITIVES: [Primitive; 10] = [
+const PRIMITIVES: [Primitive; 11] = [
     primitive("cgroup.freeze", "freezes or thaws (v2)", FREEZER),
     primitive("freezer.state", "freezes or thaws (v1)", FREEZER),
     primitive("Signal::STOP", "freezes", FREEZER),
@@ -44,6 +53,7 @@ const PRIMITIVES: [Primitive; 10] = [
     primitive("cgroup.kill", "kills", KILLERS),
     primitive("Signal::KILL", "kills", KILLERS),
     primitive("pidfd_send_signal", "kills", KILLERS),
+    primitive("sweep::end_all", "kills", SWEEPERS),
     primitive("\"cont\"", "continues a guest", MONITOR),
     primitive("relocate_vm", "commits", DECIDER),
     primitive("\"system_reset\"", "resets a guest", MONITOR),

@@ -1,13 +1,15 @@
 //! The permit, as the agent sees it: it trusts its daemon for the clock and the managers' keys, and checks the rest
 //! itself, so that a daemon can't be talked into a channel that the permit does not name.
 
+use engine::inspect::devices::Unvouched;
 use engine::inspect::{Inspector, Limits, Unsupported};
 use link::channel::{ChannelConfig, ChannelError, EphemeralKey};
 use permit::{KeyError, KeyRing, PermitRefusal, PermitToken, VerifiedPermit, VerifyingKey};
 use std::time::Duration;
 use types::handover::Side;
 use types::inventory::Inventory;
-use types::permit::PermitClaims;
+use types::layout::Catalogue;
+use types::permit::{MAX_MULTIFD_CHANNELS, PermitClaims};
 use types::profile::{InspectionProfile, UnknownProfile};
 use types::{ErrorCode, MigrationId};
 
@@ -29,19 +31,20 @@ pub struct Armed {
     pub permit: VerifiedPermit,
     /// What the permit allows of the stream.
     pub limits: Limits,
+    /// The main channel and the multifd ones.
+    pub lanes: usize,
     /// What the stream must look like.
     pub inventory: Inventory,
     /// How the stream is looked at.
     pub profile: InspectionProfile,
+    /// What the target's own QEMU makes of its devices; the source needs none.
+    pub catalogue: Option<Catalogue>,
     /// How long the transfer may take from now: the duration budget or the run deadline, whichever is shorter.
     pub time_left: Duration,
 }
 
 /// A day: longer budgets than this are as good as none, and can't overflow the clock.
 const MAX_TIME: Duration = Duration::from_secs(24 * 3600);
-
-/// Off for as long as the inspector hands out no pages: a scan that sees nothing would call everything clean.
-const PAGES_REACH_THE_SCANNER: bool = false;
 
 fn time_left(claims: &PermitClaims, now_unix_s: u64) -> Duration {
     let budget = Duration::from_millis(claims.duration_budget_ms);
@@ -83,6 +86,9 @@ pub enum Refusal {
     /// It asks for an inspection that this version does not know.
     #[error("{0}")]
     Profile(UnknownProfile),
+    /// Devices would be refused one by one.
+    #[error("the permit asks for devices that a catalogue vouches for, and no catalogue was given")]
+    NoCatalogue,
     /// The other agent's key can't be used.
     #[error("{0}")]
     PeerKey(ChannelError),
@@ -108,7 +114,7 @@ pub fn arm(
     token_hex: &str,
     keys: &[(String, String)],
     now_unix_s: u64,
-    inventory: Inventory,
+    (inventory, catalogue): (Inventory, Option<Catalogue>),
 ) -> Result<Armed, Refusal> {
     let token = PermitToken::from_hex(token_hex).map_err(Refusal::Permit)?;
     let ring = key_ring(keys)?;
@@ -120,13 +126,19 @@ pub fn arm(
         return Err(Refusal::WrongMigration { named, ours: identity.migration });
     }
     let limits = Limits::of_permit(permit.claims()).map_err(Refusal::Unsupported)?;
-    Inspector::new(&inventory, &limits).map_err(Refusal::Unsupported)?;
-    let profile = InspectionProfile::of_permit(permit.claims()).map_err(Refusal::Profile)?;
-    if profile.signatures && !PAGES_REACH_THE_SCANNER {
-        return Err(Refusal::Unsupported(Unsupported::Feature { feature: "signatures" }));
+    let profile: InspectionProfile = permit.claims().inspection_profile.parse().map_err(Refusal::Profile)?;
+    let lanes = usize::from(limits.multifd.map_or(0, |multifd| multifd.channels)) + 1;
+    if lanes > usize::from(MAX_MULTIFD_CHANNELS) + 1 {
+        return Err(Refusal::Unsupported(Unsupported::Feature {
+            feature: "more channels than an agent can hold",
+        }));
     }
+    if identity.side == Side::Target && catalogue.is_none() && limits.unvouched == Unvouched::Refuse {
+        return Err(Refusal::NoCatalogue);
+    }
+    Inspector::new(&inventory, catalogue.as_ref(), &limits).map_err(Refusal::Unsupported)?;
     let time_left = time_left(permit.claims(), now_unix_s);
-    Ok(Armed { permit, limits, inventory, profile, time_left })
+    Ok(Armed { permit, limits, lanes, inventory, profile, catalogue, time_left })
 }
 
 fn key_ring(keys: &[(String, String)]) -> Result<KeyRing, Refusal> {

@@ -2,20 +2,23 @@
 
 use types::ErrorCode;
 use types::agent::{EndedBy, FromAgent};
+use types::handover::StreamEvidence;
 use wire::frame::Control;
 
 /// One act.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
-    /// A frame to the other agent.
+    /// A frame to the other agent, on the main lane.
     Frame(Control),
+    /// The end of a lane's stream.
+    EndOfLane(u16, StreamEvidence),
     /// Bytes of the return path to the other agent.
     Return(Vec<u8>),
     /// A message to the daemon.
     Report(Box<FromAgent>),
-    /// Bytes to QEMU.
+    /// Bytes to QEMU, on the main lane.
     ToHypervisor(Vec<u8>),
-    /// Close the channel to the other agent.
+    /// Close the channel to the other agent, all lanes.
     DropPeer,
     /// Report, tell the peer where there is something to tell, close everything and end.
     End(End),

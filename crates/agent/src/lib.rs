@@ -23,6 +23,7 @@
 pub mod arm;
 pub mod control;
 pub mod effect;
+pub(crate) mod lane;
 pub mod log;
 pub mod peer;
 pub mod queue;

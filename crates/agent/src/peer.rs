@@ -12,10 +12,10 @@ use wire::frame::{Control, Frame, FrameError, HEADER_BYTES, Reader, data_header,
 
 /// The other side has this long to prove its key.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
-/// Nothing is read from QEMU while more than this waits for the network.
-pub const HIGH_WATER_BYTES: usize = 1 << 20;
 /// A peer that makes us answer more than this without reading is not an agent of ours.
-const MAX_OUT_BYTES: usize = 4 << 20;
+const MAX_OUT_BYTES: usize = 2 << 20;
+/// Control frames of one read: an honest agent sends ten a second.
+const MAX_CONTROLS_PER_READ: u32 = 256;
 
 /// Why the channel broke.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +35,9 @@ pub enum PeerError {
     /// It does not read its answers.
     #[error("the other agent reads no answers")]
     Stuck,
+    /// It keeps us busy.
+    #[error("the other agent sends control frames without end")]
+    Flood,
 }
 
 /// An open channel.
@@ -47,7 +50,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Shakes hands: the source dials, the target accepts. Blocks for [`HANDSHAKE_LIMIT`] at most.
+    /// Shakes hands: the source dials, the target accepts. Blocks until `deadline` at most.
     ///
     /// # Errors
     /// Why the other side was refused.
@@ -55,6 +58,7 @@ impl Peer {
         socket: OwnedFd,
         config: &ChannelConfig,
         side: Side,
+        deadline: Instant,
     ) -> Result<(Self, ChannelFacts), ChannelError> {
         // Small frames (the end of the stream, RUNNING) must not wait for an acknowledgement. A socket that is
         // not TCP has no such delay.
@@ -63,7 +67,7 @@ impl Peer {
             Side::Source => ChannelTls::client(config)?,
             Side::Target => ChannelTls::server(config)?,
         };
-        let facts = tls.handshake(&socket, Instant::now() + HANDSHAKE_LIMIT)?;
+        let facts = tls.handshake(&socket, deadline)?;
         let peer =
             Self { socket, tls, out: OutQueue::default(), frames: Reader::default(), received_bytes: 0 };
         Ok((peer, facts))
@@ -126,8 +130,8 @@ impl Peer {
         if self.out.len() > MAX_OUT_BYTES {
             return Err(PeerError::Stuck);
         }
-        self.tls.seal(plain, self.out.buffer())?;
-        Ok(())
+        let tls = &mut self.tls;
+        Ok(self.out.append(|out| tls.seal(plain, out))?)
     }
 
     /// Sends what waits.
@@ -138,23 +142,32 @@ impl Peer {
         self.out.flush(&self.socket).map_err(PeerError::Send)
     }
 
-    /// Reads once and gives the frames to `each`, which can't fail: an error here would kill the channel, and with it
-    /// the ABORT that is to follow. False when nothing was there.
+    /// Reads once, `limit_bytes` at most, and gives the frames to `each`, which can't fail: an error here would kill the
+    /// channel, and with it the ABORT that is to follow. False when nothing was there.
     ///
     /// # Errors
     /// The channel's.
-    pub fn receive(&mut self, mut each: impl FnMut(Frame<'_>)) -> Result<bool, PeerError> {
-        match self.tls.receive(&self.socket)? {
+    pub fn receive(
+        &mut self,
+        limit_bytes: usize,
+        mut each: impl FnMut(Frame<'_>),
+    ) -> Result<bool, PeerError> {
+        match self.tls.receive_at_most(&self.socket, limit_bytes)? {
             Received::Bytes(count) => self.received_bytes += count as u64,
             Received::WouldBlock if self.has_unopened() => {}
             Received::WouldBlock => return Ok(false),
             Received::Closed => return Err(PeerError::Closed),
         }
         let frames = &mut self.frames;
+        let mut controls = 0;
         let opened = self.tls.open(|plain| {
             frames.feed(plain, |frame| {
+                controls += u32::from(matches!(frame, Frame::Control(_)));
+                if controls > MAX_CONTROLS_PER_READ {
+                    return Err(PeerError::Flood);
+                }
                 each(frame);
-                Ok::<_, PeerError>(())
+                Ok(())
             })
         })?;
         match opened {
@@ -166,7 +179,8 @@ impl Peer {
     /// Sends what waits and the channel's close, and reads until the other side has hung up too: closing a socket
     /// with unread bytes would reset the connection and could overtake the ABORT. Until `deadline` at most.
     pub fn goodbye(&mut self, deadline: Instant) {
-        let _may_be_dead = self.tls.close_notify(self.out.buffer());
+        let tls = &mut self.tls;
+        let _may_be_dead = self.out.append(|out| tls.close_notify(out));
         while !self.out.is_empty() {
             if self.out.flush(&self.socket).is_err() || !self.wait(PollFlags::OUT, deadline) {
                 return;

@@ -2,31 +2,36 @@
 
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
+use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-/// Bytes that wait for a socket. Who fills it checks [`OutQueue::len`] against a bound first.
+/// A chunk that holds this much takes no more: what is sent is given back chunk by chunk.
+const FULL_CHUNK_BYTES: usize = 64 * 1024;
+/// An empty chunk is kept for the next bytes when it is no larger.
+const KEPT_CHUNK_BYTES: usize = 512 * 1024;
+
+/// Bytes that wait for a socket, in chunks. Who fills it checks [`OutQueue::len`] against a bound first.
 #[derive(Debug, Default)]
 pub struct OutQueue {
-    bytes: Vec<u8>,
+    chunks: VecDeque<Vec<u8>>,
+    /// Sent bytes of the first chunk.
     sent: usize,
+    len: usize,
     total_sent: u64,
 }
-
-/// Sent bytes are dropped from the front once there are this many.
-const COMPACT_BYTES: usize = 1 << 20;
 
 impl OutQueue {
     /// Bytes that wait.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.bytes.len() - self.sent
+        self.len
     }
 
     /// Whether none wait.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len == 0
     }
 
     /// Bytes that the socket took so far.
@@ -37,12 +42,37 @@ impl OutQueue {
 
     /// Adds bytes.
     pub fn push(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
+        for piece in bytes.chunks(FULL_CHUNK_BYTES) {
+            self.last().extend_from_slice(piece);
+        }
+        self.len += bytes.len();
     }
 
-    /// Where bytes are added by others (sealed records).
-    pub fn buffer(&mut self) -> &mut Vec<u8> {
-        &mut self.bytes
+    /// Adds bytes without copying them.
+    pub fn push_owned(&mut self, bytes: Vec<u8>) {
+        self.len += bytes.len();
+        self.chunks.push_back(bytes);
+    }
+
+    /// Lets `add` append bytes (sealed records).
+    ///
+    /// # Errors
+    /// Those of `add`.
+    pub fn append<E>(&mut self, add: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Result<(), E> {
+        let chunk = self.last();
+        let before = chunk.len();
+        let added = add(chunk);
+        let count = chunk.len().saturating_sub(before);
+        self.len += count;
+        added
+    }
+
+    /// The chunk that takes the next bytes.
+    fn last(&mut self) -> &mut Vec<u8> {
+        if self.chunks.back().is_none_or(|chunk| chunk.len() >= FULL_CHUNK_BYTES) {
+            self.chunks.push_back(Vec::new());
+        }
+        self.chunks.back_mut().expect("one was added where there was none")
     }
 
     /// Sends as much as the socket takes.
@@ -50,23 +80,31 @@ impl OutQueue {
     /// # Errors
     /// The socket is broken.
     pub fn flush(&mut self, socket: impl AsFd) -> Result<(), Errno> {
-        while !self.is_empty() {
-            match send_some(&socket, self.bytes.get(self.sent..).unwrap_or_default())? {
-                0 => break,
-                count => {
-                    self.sent += count;
-                    self.total_sent += count as u64;
-                }
+        while let Some(chunk) = self.chunks.front() {
+            let rest = chunk.get(self.sent..).unwrap_or_default();
+            let count = if rest.is_empty() { 0 } else { send_some(&socket, rest)? };
+            let whole = count == rest.len();
+            self.sent += count;
+            self.len -= count;
+            self.total_sent += count as u64;
+            if !whole {
+                return Ok(());
+            }
+            self.next_chunk();
+            if self.is_empty() {
+                return Ok(());
             }
         }
-        if self.is_empty() {
-            self.bytes.clear();
-            self.sent = 0;
-        } else if self.sent > COMPACT_BYTES {
-            self.bytes.drain(..self.sent);
-            self.sent = 0;
-        }
         Ok(())
+    }
+
+    /// The first chunk is sent. The only one is kept for the next bytes.
+    fn next_chunk(&mut self) {
+        self.sent = 0;
+        match self.chunks.front_mut() {
+            Some(only) if self.len == 0 && only.capacity() <= KEPT_CHUNK_BYTES => only.clear(),
+            _ => drop(self.chunks.pop_front()),
+        }
     }
 }
 
@@ -133,8 +171,46 @@ impl Throttle {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn bytes_leave_in_order_whatever_their_pieces() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let (mut queue, mut expect, mut got) = (OutQueue::default(), Vec::new(), Vec::new());
+        for round in 0..40u8 {
+            let piece = vec![round; usize::from(round) * 9_000];
+            match round % 3 {
+                0 => queue.push(&piece),
+                1 => queue.push_owned(piece.clone()),
+                _ => queue
+                    .append(|out| -> Result<(), ()> {
+                        out.extend_from_slice(&piece);
+                        Ok(())
+                    })
+                    .unwrap(),
+            }
+            expect.extend_from_slice(&piece);
+            queue.flush(&ours).unwrap();
+            let mut some = [0; 100_000];
+            if let Ok(count) = theirs.read(&mut some) {
+                got.extend_from_slice(&some[..count]);
+            }
+            assert_eq!(queue.len() as u64 + queue.total_sent(), expect.len() as u64);
+        }
+        while !queue.is_empty() || got.len() < expect.len() {
+            queue.flush(&ours).unwrap();
+            let mut some = [0; 100_000];
+            let count = theirs.read(&mut some).unwrap();
+            got.extend_from_slice(&some[..count]);
+        }
+        assert!(got == expect);
+        assert!(queue.chunks.iter().all(|chunk| chunk.capacity() <= KEPT_CHUNK_BYTES));
+    }
 
     #[test]
     fn the_throttle_lets_its_rate_through() {

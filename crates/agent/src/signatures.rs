@@ -22,12 +22,6 @@ const READ_BYTES: usize = 16 * 1024;
 /// Reads in one turn: the stream goes first.
 const MAX_READS_PER_TURN: usize = 4;
 
-/// Who wants to see guest memory that was inspected.
-pub trait PageSink {
-    /// Bytes of the RAM block with that index in the stream's own list; `offset` is where the first of them lies.
-    fn page(&mut self, block: u16, offset: u64, piece: &[u8]);
-}
-
 /// A scan over its socket.
 pub struct Signatures {
     socket: Option<OwnedFd>,
@@ -49,17 +43,18 @@ pub struct Judgement {
     pub findings: Vec<Finding>,
 }
 
-impl PageSink for Signatures {
-    fn page(&mut self, block: u16, offset: u64, piece: &[u8]) {
-        self.scan.page(block, offset, piece);
-    }
-}
-
 impl Signatures {
     /// Over the socket of a scanner that has its rules.
     #[must_use]
     pub fn new(socket: OwnedFd, policy: Policy, inventory: &Inventory) -> Self {
         Self { socket: Some(socket), scan: Scan::new(policy), places: Places::of(inventory) }
+    }
+
+    /// Bytes of the RAM block with that index in the stream's own list, as the inspector accepted them; `offset` is where
+    /// the first of them lies. Pieces of several channels may take turns.
+    pub fn page(&mut self, block: usize, offset: u64, piece: &[u8]) {
+        // The stream's list is far shorter; a block that had no number would still be looked at.
+        self.scan.page(u16::try_from(block).unwrap_or(u16::MAX), offset, piece);
     }
 
     /// What to poll for; nothing once the scanner is gone.
@@ -194,10 +189,12 @@ fn skipped_finding(verdict: &Verdict) -> Finding {
     }
 }
 
+/// Memory that a rule matched is well-formed and malicious (MM-10); a scan that was evaded or broken let it pass unseen
+/// (MM-12).
 fn finding(rule: &str, severity: Severity) -> Finding {
     Finding {
         rule: rule.to_owned(),
-        threat: String::new(),
+        threat: if rule == "SIG-1" { "MM-10" } else { "MM-12" }.to_owned(),
         severity,
         channel: 0,
         offset: 0,

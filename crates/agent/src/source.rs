@@ -1,17 +1,21 @@
 //! The source's half: QEMU's stream out, return path in, and the end of the stream. No I/O.
 //!
 //! ```text
-//! Streaming –last byte→ Flushing –all written→ Guarded –Frozen→ Frozen
-//!     |                    |                      └ 1 s without Frozen: end, QEMU's socket closes, the guest resumes
-//!     └ anything breaks: end ─┘   Frozen: nothing ends it but the daemon
+//! Streaming –last byte→ Draining –lanes empty→ Flushing –all written→ Guarded –Frozen→ Frozen
+//!     |                    |                       |                    └ 1 s without Frozen: end, QEMU's sockets
+//!     └────────────────────┴── anything breaks: end ┘                      close, the guest resumes
+//!                                                                  Frozen: nothing ends it but the daemon
 //! ```
-//! Once the daemon has journalled FROZEN, QEMU's socket stays open whatever happens to the peer: a frozen QEMU that
-//! finds it closed when thawed would resume, and thawing is the daemon's decision (hand-over rules).
+//! The main lane's last byte comes when QEMU has written all of the others: what is in their sockets by then is the
+//! rest, and a socket that would block is at its end. With the main lane alone there is nothing to drain.
+//!
+//! Once the daemon has journalled FROZEN, QEMU's sockets stay open whatever happens to the peer: a frozen QEMU that
+//! finds one closed when thawed would resume, and thawing is the daemon's decision (hand-over rules).
 
 use crate::arm::Armed;
 use crate::effect::{Effect, End};
 use crate::log;
-use engine::inspect::{DEFAULT_DEVICE_STATE_BYTES, EndDetector};
+use engine::inspect::EndDetector;
 use serde_json::json;
 use std::time::{Duration, Instant};
 use types::agent::{EndedBy, FromAgent};
@@ -32,6 +36,7 @@ const MAX_RETURN_MESSAGES: u32 = 4;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Streaming,
+    Draining,
     Flushing(StreamEvidence),
     Guarded { until: Instant },
     Frozen,
@@ -41,7 +46,7 @@ enum Stage {
 #[derive(Debug)]
 pub struct Source {
     stage: Stage,
-    hasher: blake3::Hasher,
+    lanes: Vec<Sent>,
     stream_bytes: u64,
     byte_budget: u64,
     time_budget: Instant,
@@ -56,6 +61,21 @@ pub struct Source {
     returns: Decoder,
     return_messages: u32,
     ping: Pinger,
+}
+
+/// What left on one lane.
+#[derive(Debug, Default)]
+struct Sent {
+    hasher: blake3::Hasher,
+    bytes: u64,
+    /// After the main lane's end, QEMU's socket had nothing more.
+    drained: bool,
+}
+
+impl Sent {
+    fn evidence(&self) -> StreamEvidence {
+        StreamEvidence { stream_bytes: self.bytes, digest: Digest(*self.hasher.finalize().as_bytes()) }
+    }
 }
 
 #[derive(Debug)]
@@ -92,13 +112,17 @@ impl Source {
         let claims = armed.permit.claims();
         Self {
             stage: Stage::Streaming,
-            hasher: blake3::Hasher::new(),
+            lanes: (0..armed.lanes).map(|_| Sent::default()).collect(),
             stream_bytes: 0,
             byte_budget: claims.byte_budget,
             time_budget: now + armed.time_left,
             downtime_budget: Duration::from_millis(claims.downtime_budget_ms).min(armed.time_left),
             stopped_since: None,
-            end: EndDetector::new(armed.inventory.page_size_bytes, DEFAULT_DEVICE_STATE_BYTES),
+            end: EndDetector::new(
+                &armed.inventory,
+                armed.limits.device_state_bytes,
+                armed.limits.multifd.is_some(),
+            ),
             end_lost_logged: false,
             last_byte: now,
             suspended: false,
@@ -109,34 +133,55 @@ impl Source {
         }
     }
 
-    /// Whether QEMU is to be read.
+    /// Whether QEMU is to be read on a lane.
     #[must_use]
-    pub fn wants_stream(&self) -> bool {
-        self.stage == Stage::Streaming && !self.suspended && !self.peer_suspended
+    pub fn wants_stream(&self, lane: u16) -> bool {
+        let open = match self.stage {
+            Stage::Streaming => true,
+            Stage::Draining => self.lanes.get(usize::from(lane)).is_some_and(|sent| !sent.drained),
+            _ => false,
+        };
+        open && !self.suspended && !self.peer_suspended
     }
 
-    /// Bytes relayed so far.
+    /// Whether lanes are read until they would block.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.stage == Stage::Draining
+    }
+
+    /// Bytes relayed so far, all lanes.
     #[must_use]
     pub fn stream_bytes(&self) -> u64 {
         self.stream_bytes
     }
 
-    /// Bytes that QEMU sent and that are about to go out. True when they complete the stream.
+    /// Bytes that QEMU sent on a lane and that are about to go out.
     ///
     /// # Errors
     /// The budget is used up; the bytes stay here.
-    pub fn stream(&mut self, bytes: &[u8], now: Instant) -> Result<bool, Effect> {
+    pub fn stream(&mut self, lane: u16, bytes: &[u8], now: Instant) -> Result<(), Effect> {
         let total = self.stream_bytes.saturating_add(bytes.len() as u64);
         if total > self.byte_budget {
             let detail = format!("the stream is longer than the permit's {} bytes", self.byte_budget);
             return Err(Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded));
         }
         self.stream_bytes = total;
-        self.hasher.update(bytes);
         self.last_byte = now;
-        let ended = self.end.feed(bytes);
-        if ended {
-            self.stage = Stage::Flushing(self.evidence());
+        if let Some(sent) = self.lanes.get_mut(usize::from(lane)) {
+            sent.hasher.update(bytes);
+            sent.bytes += bytes.len() as u64;
+        }
+        if lane == 0 {
+            self.main_stream(bytes, now);
+        }
+        Ok(())
+    }
+
+    fn main_stream(&mut self, bytes: &[u8], now: Instant) {
+        if self.end.feed(bytes) {
+            self.stage = Stage::Draining;
+            self.drained(0);
         }
         if self.stopped_since.is_none() && self.end.in_devices() {
             self.stopped_since = Some(now);
@@ -149,17 +194,31 @@ impl Source {
                 &[("rule", json!(violation.rule)), ("offset", json!(violation.offset))],
             );
         }
-        Ok(ended)
+    }
+
+    /// A lane's socket would block. Only after the main lane's end does that mean anything.
+    pub fn drained(&mut self, lane: u16) {
+        if self.stage == Stage::Draining
+            && let Some(sent) = self.lanes.get_mut(usize::from(lane))
+        {
+            sent.drained = true;
+        }
     }
 
     fn evidence(&self) -> StreamEvidence {
-        StreamEvidence { stream_bytes: self.stream_bytes, digest: Digest(*self.hasher.finalize().as_bytes()) }
+        StreamEvidence::of_channels(&self.lanes.iter().map(Sent::evidence).collect::<Vec<_>>())
     }
 
-    /// What follows the last byte of the stream.
+    /// What follows the last byte of all lanes, once.
     pub fn end_frames(&mut self, now: Instant) -> Vec<Effect> {
-        let Stage::Flushing(evidence) = self.stage else { return Vec::new() };
-        vec![Effect::Frame(Control::End(evidence)), self.ping.send(now, PING_INTERVAL_AT_END)]
+        if self.stage != Stage::Draining || !self.lanes.iter().all(|sent| sent.drained) {
+            return Vec::new();
+        }
+        self.stage = Stage::Flushing(self.evidence());
+        let ends = (0u16..).zip(&self.lanes).map(|(lane, sent)| Effect::EndOfLane(lane, sent.evidence()));
+        let mut effects: Vec<_> = ends.collect();
+        effects.push(self.ping.send(now, PING_INTERVAL_AT_END));
+        effects
     }
 
     /// Everything queued is on the network.
@@ -194,8 +253,9 @@ impl Source {
     }
 
     /// A control frame of the other agent.
-    pub fn control(&mut self, control: Control, now: Instant) -> Vec<Effect> {
+    pub fn control(&mut self, lane: u16, control: Control, now: Instant) -> Vec<Effect> {
         match control {
+            _ if lane != 0 => self.peer_gone("the other agent sent a frame that belongs to the main channel"),
             Control::Ping(number) => vec![Effect::Frame(Control::Pong(number))],
             Control::Pong(number) => {
                 self.ping.answered(number, now);
@@ -233,14 +293,14 @@ impl Source {
         vec![Effect::end(EndedBy::Peer, detail, ErrorCode::ChannelFailed)]
     }
 
-    /// QEMU closed its socket.
+    /// QEMU closed a socket.
     pub fn hypervisor_gone(&mut self) -> Vec<Effect> {
         if self.stage == Stage::Frozen {
             log::line("info", "hypervisor-gone-while-frozen", &[]);
             return Vec::new();
         }
         let detail = match self.stage {
-            Stage::Streaming => "QEMU closed its socket before the end of the stream",
+            Stage::Streaming | Stage::Draining => "QEMU closed its socket before the end of the stream",
             _ => "QEMU closed its socket after the end of the stream, before the freeze",
         };
         vec![Effect::end(EndedBy::Hypervisor, detail, ErrorCode::SourceFailed)]
@@ -255,7 +315,9 @@ impl Source {
     /// Answers whether anything moved since the end of the stream; `quiet` is what the socket shows right now.
     pub fn prove(&self, nonce: Nonce, quiet: Result<(), String>) -> Vec<Effect> {
         let proof = match self.stage {
-            Stage::Streaming | Stage::Flushing(_) => Err("the stream has not ended".to_owned()),
+            Stage::Streaming | Stage::Draining | Stage::Flushing(_) => {
+                Err("the stream has not ended".to_owned())
+            }
             Stage::Guarded { .. } | Stage::Frozen => quiet,
         };
         vec![Effect::report(match proof {
@@ -284,11 +346,11 @@ impl Source {
                 let abort = (ErrorCode::SourceFailed, "the source was not frozen in time".to_owned());
                 return vec![Effect::End(End { report: Some(Box::new(report)), abort: Some(abort) })];
             }
-            Stage::Streaming if now >= self.time_budget => {
+            Stage::Streaming | Stage::Draining if now >= self.time_budget => {
                 let detail = "the stream takes longer than the permit allows";
                 return vec![Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded)];
             }
-            Stage::Streaming
+            Stage::Streaming | Stage::Draining
                 if self.stopped_since.is_some_and(|since| now >= since + self.downtime_budget) =>
             {
                 let detail = "the guest is stopped and its stream does not end within the downtime budget";

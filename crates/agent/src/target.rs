@@ -1,8 +1,8 @@
 //! The target's half: inspects, releases, holds QEMU's final acknowledgement back. No I/O.
 //!
 //! ```text
-//! Receiving –END, inspector and digest agree→ [Judging –verdict→] Releasing –all written→ Accepted
-//!     └ anything breaks: end, QEMU's socket closes without another byte
+//! Receiving –END of every lane, inspector and digests agree→ [Judging –verdict→] Releasing –all written→ Accepted
+//!     └ anything breaks: end, QEMU's sockets close without another byte
 //!
 //! Judging only where the permit asks for signatures: the device state waits for the scanner's verdict.
 //! ```
@@ -12,9 +12,9 @@ use crate::effect::Effect;
 use crate::log;
 use crate::signatures::Judgement;
 use crate::source::{micros, return_finding};
-use engine::inspect::{HeldState, Inspector, Pages, Unsupported, finding};
+use engine::inspect::{HeldState, Inspector, Output, Pages, Unsupported, finding};
 use serde_json::json;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use types::ErrorCode;
 use types::agent::{EndedBy, FromAgent};
 use types::handover::{Digest, StreamEvidence};
@@ -35,15 +35,50 @@ enum Stage {
 pub struct Target {
     stage: Stage,
     inspector: Inspector,
-    hasher: blake3::Hasher,
+    lanes: Vec<Received>,
     held_since: Option<Instant>,
     /// Whether the device state waits for a verdict.
     awaits_verdict: bool,
     released_bytes: u64,
     time_budget: Instant,
+    downtime_budget: Duration,
+    /// When the main lane had ended: the guest is stopped, and the others have that long.
+    main_ended: Option<Instant>,
     suspended: bool,
     returns: Decoder,
     acknowledged: bool,
+}
+
+/// What came on one lane.
+#[derive(Debug, Default)]
+struct Received {
+    hasher: blake3::Hasher,
+    bytes: u64,
+    /// By its END, equal on both sides.
+    ended: bool,
+}
+
+impl Received {
+    fn evidence(&self) -> StreamEvidence {
+        StreamEvidence { stream_bytes: self.bytes, digest: Digest(*self.hasher.finalize().as_bytes()) }
+    }
+}
+
+/// Counts what is released on its way.
+struct Counted<'o> {
+    released_bytes: &'o mut u64,
+    out: &'o mut dyn Output,
+}
+
+impl Output for Counted<'_> {
+    fn release(&mut self, channel: u16, bytes: &[u8]) {
+        *self.released_bytes += bytes.len() as u64;
+        self.out.release(channel, bytes);
+    }
+
+    fn page(&mut self, block: usize, offset: u64, piece: &[u8]) {
+        self.out.page(block, offset, piece);
+    }
 }
 
 impl Target {
@@ -52,14 +87,17 @@ impl Target {
     /// # Errors
     /// There is no inspector for this record and permit.
     pub fn new(armed: &Armed, now: Instant) -> Result<Self, Unsupported> {
+        let claims = armed.permit.claims();
         Ok(Self {
             stage: Stage::Receiving,
-            inspector: Inspector::new(&armed.inventory, &armed.limits)?,
-            hasher: blake3::Hasher::new(),
+            inspector: Inspector::new(&armed.inventory, armed.catalogue.as_ref(), &armed.limits)?,
+            lanes: (0..armed.lanes).map(|_| Received::default()).collect(),
             held_since: None,
             awaits_verdict: armed.profile.signatures,
             released_bytes: 0,
             time_budget: now + armed.time_left,
+            downtime_budget: Duration::from_millis(claims.downtime_budget_ms).min(armed.time_left),
+            main_ended: None,
             suspended: false,
             returns: Decoder::default(),
             acknowledged: false,
@@ -86,65 +124,99 @@ impl Target {
 
     /// The name of a RAM block by its index in the stream's own list.
     #[must_use]
-    pub fn block_name(&self, index: u16) -> Option<String> {
-        self.inspector.block_name(usize::from(index))
+    pub fn block_name(&self, index: usize) -> Option<String> {
+        self.inspector.block_name(index)
     }
 
-    /// Bytes of the stream. What may reach QEMU is given to `release`.
+    /// Whether a lane is to be read. One that is ahead of the others waits, as QEMU would make it.
+    #[must_use]
+    pub fn wants(&self, lane: u16) -> bool {
+        self.stage != Stage::Receiving || self.inspector.wants(lane) || self.has_ended(lane)
+    }
+
+    fn has_ended(&self, lane: u16) -> bool {
+        self.lanes.get(usize::from(lane)).is_some_and(|received| received.ended)
+    }
+
+    /// Bytes of a lane. What may reach QEMU is given to `out`, with its lane, and so are the pages that it holds.
     ///
     /// # Errors
     /// The end, because a rule was broken.
     pub fn data(
         &mut self,
+        lane: u16,
         bytes: &[u8],
         now: Instant,
-        release: &mut dyn FnMut(&[u8]),
+        out: &mut dyn Output,
     ) -> Result<(), Vec<Effect>> {
-        match self.stage {
-            Stage::Receiving => {}
-            // Nothing can be undone any more, and nothing of this reaches QEMU.
-            Stage::Judging { .. } | Stage::Releasing { .. } | Stage::Accepted => {
-                return Err(self.peer_gone("the other agent sent stream bytes after the end"));
-            }
-        }
-        self.hasher.update(bytes);
-        let released = &mut self.released_bytes;
-        let result = self.inspector.feed(bytes, &mut |piece| {
-            *released += piece.len() as u64;
-            release(piece);
-        });
+        // After the end nothing can be undone any more, and nothing of this reaches QEMU.
+        let open = self.stage == Stage::Receiving && !self.has_ended(lane);
+        let Some(received) = self.lanes.get_mut(usize::from(lane)).filter(|_| open) else {
+            return Err(self.peer_gone("the other agent sent stream bytes after the end"));
+        };
+        received.hasher.update(bytes);
+        received.bytes += bytes.len() as u64;
+        let mut counted = Counted { released_bytes: &mut self.released_bytes, out };
+        let result = self.inspector.feed(lane, bytes, &mut counted);
         if self.held_since.is_none() && self.inspector.held_bytes().is_some_and(|held| held > 0) {
             self.held_since = Some(now);
         }
-        result.map_err(|violation| vec![reject(finding(&violation, 0, "terminated"))])
+        result.map_err(|refused| vec![reject(finding(&refused.violation, refused.channel, "terminated"))])?;
+        if self.is_stuck() { Err(self.finish(now)) } else { Ok(()) }
+    }
+
+    /// Nothing can come any more that any open lane waits for.
+    fn is_stuck(&self) -> bool {
+        let lanes = || (0u16..).zip(&self.lanes);
+        self.has_ended(0)
+            && lanes().any(|(_, received)| !received.ended)
+            && lanes().all(|(lane, received)| received.ended || !self.inspector.wants(lane))
     }
 
     /// A control frame of the other agent.
-    pub fn control(&mut self, control: Control, now: Instant) -> Vec<Effect> {
+    pub fn control(&mut self, lane: u16, control: Control, now: Instant) -> Vec<Effect> {
         match control {
+            Control::End(evidence) if self.stage == Stage::Receiving => self.end(lane, evidence, now),
+            Control::End(_) | Control::Accepted(_) | Control::Running => {
+                self.peer_gone("the other agent sent a frame that has no place here")
+            }
+            _ if lane != 0 => self.peer_gone("the other agent sent a frame that belongs to the main channel"),
             Control::Ping(number) => vec![Effect::Frame(Control::Pong(number))],
-            Control::End(evidence) if self.stage == Stage::Receiving => self.end(evidence, now),
             Control::Abort { code, text } => {
                 self.peer_gone(&format!("the other agent gave up: {code}: {text}"))
             }
             // Informational: nothing arrives while the source is suspended.
             Control::Suspended | Control::Resumed | Control::Pong(_) => Vec::new(),
-            Control::End(_) | Control::Accepted(_) | Control::Running => {
-                self.peer_gone("the other agent sent a frame that has no place here")
-            }
         }
     }
 
-    fn end(&mut self, claimed: StreamEvidence, now: Instant) -> Vec<Effect> {
-        let digest = Digest(*self.hasher.finalize().as_bytes());
-        let evidence = StreamEvidence { stream_bytes: self.inspector.stream_bytes(), digest };
+    fn end(&mut self, lane: u16, claimed: StreamEvidence, now: Instant) -> Vec<Effect> {
+        let Some(received) = self.lanes.get_mut(usize::from(lane)).filter(|received| !received.ended) else {
+            return self.peer_gone("the other agent ended a channel twice");
+        };
+        let here = received.evidence();
+        if here != claimed {
+            return vec![reject(digest_finding(lane, claimed, here))];
+        }
+        received.ended = true;
+        if lane == 0 {
+            self.main_ended = Some(now);
+        }
+        let all = self.lanes.iter().all(|received| received.ended);
+        if all || self.is_stuck() { self.finish(now) } else { Vec::new() }
+    }
+
+    /// Judges the whole.
+    fn finish(&mut self, now: Instant) -> Vec<Effect> {
         let state = match self.inspector.finish() {
             Ok(state) => state,
-            Err(violation) => return vec![reject(finding(&violation, 0, "terminated"))],
+            Err(refused) => return vec![reject(finding(&refused.violation, refused.channel, "terminated"))],
         };
-        if evidence != claimed {
-            return vec![reject(digest_finding(claimed, evidence))];
+        if !self.lanes.iter().all(|received| received.ended) {
+            return self.peer_gone("a channel's end is missing");
         }
+        let evidence =
+            StreamEvidence::of_channels(&self.lanes.iter().map(Received::evidence).collect::<Vec<_>>());
         if self.awaits_verdict {
             self.stage = Stage::Judging { evidence, state };
             return Vec::new();
@@ -180,7 +252,11 @@ impl Target {
         let held_us = self.held_since.map_or(0, |since| micros(now.duration_since(since)));
         self.stage = Stage::Releasing { evidence, held_us };
         self.released_bytes += state.bytes.len() as u64;
-        log::line("info", "released", &[("devices", json!(state.devices)), ("held_us", json!(held_us))]);
+        log::line(
+            "info",
+            "released",
+            &[("devices", json!(state.sections.len())), ("held_us", json!(held_us))],
+        );
         vec![Effect::ToHypervisor(state.bytes)]
     }
 
@@ -194,8 +270,12 @@ impl Target {
         ]
     }
 
-    /// Bytes of our QEMU's return path. SHUT is swallowed, for ever.
-    pub fn from_hypervisor(&mut self, bytes: &[u8]) -> Vec<Effect> {
+    /// Bytes of our QEMU's return path, on the main lane. SHUT is swallowed, for ever.
+    pub fn from_hypervisor(&mut self, lane: u16, bytes: &[u8]) -> Vec<Effect> {
+        if lane != 0 {
+            let found = "an answer on a channel that only goes one way";
+            return vec![Effect::reject(Finding { channel: lane, ..return_finding(found) })];
+        }
         let mut messages = Vec::new();
         if let Err(error) = self.returns.feed(bytes, |message| messages.push(message)) {
             return vec![Effect::reject(return_finding(&error.to_string()))];
@@ -237,9 +317,15 @@ impl Target {
         vec![Effect::DropPeer]
     }
 
-    /// QEMU closed its socket: as it should once it has acknowledged.
-    pub fn hypervisor_gone(&mut self) -> Vec<Effect> {
-        if self.acknowledged && self.stage == Stage::Accepted {
+    /// QEMU closed a socket: the main one as it should once it has acknowledged, the others when it has read the end.
+    /// `flushed` says whether it had taken all of it.
+    pub fn hypervisor_gone(&mut self, lane: u16, flushed: bool) -> Vec<Effect> {
+        let may_close = match (lane, &self.stage) {
+            (0, stage) => self.acknowledged && *stage == Stage::Accepted,
+            (_, Stage::Receiving | Stage::Judging { .. }) => false,
+            (_, Stage::Releasing { .. } | Stage::Accepted) => flushed,
+        };
+        if may_close {
             return Vec::new();
         }
         let detail = "QEMU closed its socket before it acknowledged the stream";
@@ -256,6 +342,11 @@ impl Target {
     pub fn tick(&mut self, now: Instant) -> Vec<Effect> {
         if matches!(self.stage, Stage::Receiving | Stage::Judging { .. }) && now >= self.time_budget {
             let detail = "the stream takes longer than the permit allows";
+            return vec![Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded)];
+        }
+        let late = |ended| now >= ended + self.downtime_budget;
+        if self.stage == Stage::Receiving && self.main_ended.is_some_and(late) {
+            let detail = "the guest is stopped and its stream does not end within the downtime budget";
             return vec![Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded)];
         }
         Vec::new()
@@ -276,13 +367,13 @@ fn reject(finding: Finding) -> Effect {
 }
 
 /// The sides disagree on the stream: what arrived is not what left.
-fn digest_finding(claimed: StreamEvidence, here: StreamEvidence) -> Finding {
+fn digest_finding(lane: u16, claimed: StreamEvidence, here: StreamEvidence) -> Finding {
     let text = |e: StreamEvidence| format!("{} bytes, {}", e.stream_bytes, e.digest);
     Finding {
         rule: "INV-E4".to_owned(),
         threat: "MM-10".to_owned(),
         severity: Severity::Critical,
-        channel: 0,
+        channel: lane,
         offset: here.stream_bytes,
         section: "whole stream".to_owned(),
         expected: text(claimed),

@@ -2,20 +2,23 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/lanes.rs"]
+mod lanes;
 #[path = "../../engine/tests/support/mod.rs"]
 mod streams;
 mod support;
 
 use engine::inspect::{Violation, finding, learn};
+use lanes::Streams;
 use link::channel::EphemeralKey;
 use outrider_agent::arm::{Armed, Identity, arm};
 use outrider_agent::effect::{Effect, End};
 use outrider_agent::signatures::Judgement;
 use outrider_agent::source::Source;
 use outrider_agent::target::Target;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use support::{NOW_UNIX_S, claims, migration, sign};
-use types::agent::FromAgent;
+use types::agent::{EndedBy, FromAgent};
 use types::handover::{Side, StreamEvidence};
 use types::migration::Finding;
 use types::{Digest, ErrorCode};
@@ -25,11 +28,17 @@ const PONG: [u8; 8] = [0, 2, 0, 4, 0, 0, 0, 1];
 const SHUT: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
 
 fn armed() -> Armed {
+    armed_with(0)
+}
+
+fn armed_with(lanes: u16) -> Armed {
     let (ours, theirs) = (EphemeralKey::generate().unwrap(), EphemeralKey::generate().unwrap());
-    let permit = sign(&claims(ours.spki(), theirs.spki()));
+    let mut claims = claims(ours.spki(), theirs.spki());
+    claims.features.multifd_channels = lanes;
+    let permit = sign(&claims);
     let identity = Identity { side: Side::Source, migration: migration(), key: ours };
     let inventory = learn(&streams::handmade(), "qemu/test").unwrap();
-    arm(&identity, &permit.token, &permit.keys, NOW_UNIX_S, inventory).unwrap()
+    arm(&identity, &permit.token, &permit.keys, NOW_UNIX_S, (inventory, None)).unwrap()
 }
 
 fn rule(effects: &[Effect]) -> Option<&str> {
@@ -68,7 +77,9 @@ fn an_answer_to_a_ping_that_was_never_sent_ends_the_source() {
 fn target_with(stream: &[u8]) -> (Target, Vec<u8>) {
     let mut target = Target::new(&armed(), Instant::now()).unwrap();
     let mut released = Vec::new();
-    target.data(stream, Instant::now(), &mut |piece| released.extend_from_slice(piece)).unwrap();
+    target
+        .data(0, stream, Instant::now(), &mut |_: u16, piece: &[u8]| released.extend_from_slice(piece))
+        .unwrap();
     (target, released)
 }
 
@@ -82,11 +93,11 @@ fn digests_that_differ_release_no_device_state() {
         StreamEvidence { stream_bytes: good.stream_bytes + 1, ..good },
     ] {
         let (mut target, released) = target_with(&stream);
-        assert_eq!(rule(&target.control(Control::End(claimed), Instant::now())), Some("INV-E4"));
+        assert_eq!(rule(&target.control(0, Control::End(claimed), Instant::now())), Some("INV-E4"));
         assert_eq!(released.len(), streams::Marks::of(&stream).devices);
     }
     let (mut target, released) = target_with(&stream);
-    let effects = target.control(Control::End(good), Instant::now());
+    let effects = target.control(0, Control::End(good), Instant::now());
     let [Effect::ToHypervisor(held)] = &effects[..] else { panic!("{effects:?}") };
     assert!([released, held.clone()].concat() == stream);
 }
@@ -96,9 +107,9 @@ fn judging() -> (Target, Vec<u8>) {
     let mut armed = armed();
     armed.profile.signatures = true;
     let mut target = Target::new(&armed, Instant::now()).unwrap();
-    target.data(&stream, Instant::now(), &mut |_| {}).unwrap();
+    target.data(0, &stream, Instant::now(), &mut |_: u16, _: &[u8]| {}).unwrap();
     let evidence = StreamEvidence { stream_bytes: stream.len() as u64, digest: Digest::of(&stream) };
-    assert_eq!(target.control(Control::End(evidence), Instant::now()), []);
+    assert_eq!(target.control(0, Control::End(evidence), Instant::now()), []);
     assert!(target.is_judging());
     (target, stream)
 }
@@ -138,9 +149,9 @@ fn bytes_behind_the_end_are_dropped_with_the_peer() {
     let stream = streams::handmade();
     let (mut target, _) = target_with(&stream);
     let good = StreamEvidence { stream_bytes: stream.len() as u64, digest: Digest::of(&stream) };
-    target.control(Control::End(good), Instant::now());
+    target.control(0, Control::End(good), Instant::now());
     let mut released = 0;
-    let late = target.data(b"x", Instant::now(), &mut |piece| released += piece.len());
+    let late = target.data(0, b"x", Instant::now(), &mut |_: u16, piece: &[u8]| released += piece.len());
     assert_eq!(late, Err(vec![Effect::DropPeer]));
     assert_eq!(released, 0);
 }
@@ -152,6 +163,134 @@ fn an_end_without_a_complete_stream_is_refused() {
     for (len, expect) in [(devices - 30, "INV-S10"), (devices + 40, "INV-E2")] {
         let (mut target, _) = target_with(&stream[..len]);
         let claimed = StreamEvidence { stream_bytes: len as u64, digest: Digest::of(&stream[..len]) };
-        assert_eq!(rule(&target.control(Control::End(claimed), Instant::now())), Some(expect));
+        assert_eq!(rule(&target.control(0, Control::End(claimed), Instant::now())), Some(expect));
     }
+}
+
+/// A target that took two multifd channels and the main one, and no end of any yet.
+fn target_with_lanes(streams: &Streams) -> Target {
+    let mut target = Target::new(&armed_with(2), Instant::now()).unwrap();
+    for (lane, bytes) in (0u16..).zip(&streams.0) {
+        target.data(lane, bytes, Instant::now(), &mut |_: u16, _: &[u8]| ()).unwrap();
+    }
+    target
+}
+
+fn evidence(bytes: &[u8]) -> StreamEvidence {
+    StreamEvidence { stream_bytes: bytes.len() as u64, digest: Digest::of(bytes) }
+}
+
+fn end(target: &mut Target, streams: &Streams, lane: u16) -> Vec<Effect> {
+    target.control(lane, Control::End(evidence(&streams.0[usize::from(lane)])), Instant::now())
+}
+
+fn is_end_by(effects: &[Effect], by: EndedBy) -> bool {
+    matches!(effects, [Effect::End(End { report: Some(report), .. })]
+        if matches!(**report, FromAgent::Ended { what, .. } if what == by))
+}
+
+#[test]
+fn every_lanes_end_is_needed_in_any_order() {
+    let streams = Streams::new(2, 0, 5);
+    for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2]] {
+        let mut target = target_with_lanes(&streams);
+        assert_eq!(end(&mut target, &streams, order[0]), []);
+        assert_eq!(end(&mut target, &streams, order[1]), []);
+        assert_eq!(target.flushed(0), []);
+        let effects = end(&mut target, &streams, order[2]);
+        assert!(matches!(&effects[..], [Effect::ToHypervisor(_)]), "{effects:?}");
+        let accepted = target.flushed(0);
+        let all = streams.evidence();
+        assert!(accepted.contains(&Effect::Frame(Control::Accepted(all))), "{accepted:?}");
+    }
+}
+
+#[test]
+fn a_lane_whose_digests_differ_is_named() {
+    let streams = Streams::new(2, 0, 5);
+    for lane in 0..3 {
+        let mut target = target_with_lanes(&streams);
+        let other =
+            StreamEvidence { digest: Digest::of(b"another"), ..evidence(&streams.0[usize::from(lane)]) };
+        let effects = target.control(lane, Control::End(other), Instant::now());
+        assert_eq!(rule(&effects), Some("INV-E4"));
+        let [Effect::End(End { report: Some(report), .. })] = &effects[..] else { unreachable!("as above") };
+        assert!(matches!(&**report, FromAgent::Rejected { finding } if finding.channel == lane));
+    }
+}
+
+#[test]
+fn a_missing_end_runs_into_the_downtime_budget() {
+    let streams = Streams::new(2, 0, 5);
+    let (mut target, begin) = (target_with_lanes(&streams), Instant::now());
+    end(&mut target, &streams, 1);
+    assert_eq!(target.tick(begin + Duration::from_secs(60)), [], "the guest still runs");
+    end(&mut target, &streams, 0);
+    assert_eq!(target.tick(begin + Duration::from_secs(4)), []);
+    assert!(is_end_by(&target.tick(begin + Duration::from_secs(6)), EndedBy::Budget));
+}
+
+#[test]
+fn bytes_or_another_end_behind_a_lanes_end_end_it() {
+    let streams = Streams::new(2, 0, 5);
+    let mut target = target_with_lanes(&streams);
+    end(&mut target, &streams, 1);
+    let late = target.data(1, b"x", Instant::now(), &mut |_: u16, _: &[u8]| panic!("released")).unwrap_err();
+    assert!(is_end_by(&late, EndedBy::Peer), "{late:?}");
+    let mut target = target_with_lanes(&streams);
+    end(&mut target, &streams, 1);
+    assert!(is_end_by(&end(&mut target, &streams, 1), EndedBy::Peer));
+}
+
+#[test]
+fn only_the_main_lane_speaks() {
+    let streams = Streams::new(2, 0, 5);
+    for control in [Control::Ping(1), Control::Running, Control::Suspended, Control::Accepted(evidence(b""))]
+    {
+        let mut target = target_with_lanes(&streams);
+        assert!(is_end_by(&target.control(1, control.clone(), Instant::now()), EndedBy::Peer));
+        let mut source = Source::new(&armed_with(2), Instant::now());
+        assert!(is_end_by(&source.control(2, control, Instant::now()), EndedBy::Peer));
+    }
+}
+
+#[test]
+fn qemu_answers_on_its_main_connection_only() {
+    let mut target = target_with_lanes(&Streams::new(2, 0, 5));
+    assert_eq!(rule(&target.from_hypervisor(1, &PONG)), Some("INV-P1"));
+}
+
+#[test]
+fn a_qemu_that_closes_a_lane_before_the_end_ends_it() {
+    let streams = Streams::new(2, 0, 5);
+    let mut target = target_with_lanes(&streams);
+    assert!(is_end_by(&target.hypervisor_gone(1, true), EndedBy::Hypervisor));
+    let mut target = target_with_lanes(&streams);
+    (0..3).for_each(|lane| drop(end(&mut target, &streams, lane)));
+    assert!(is_end_by(&target.hypervisor_gone(1, false), EndedBy::Hypervisor), "it had not taken all");
+    assert_eq!(target.hypervisor_gone(1, true), []);
+}
+
+/// The main lane's end alone is none: what QEMU wrote on the others is still in their sockets.
+#[test]
+fn a_source_ends_when_every_lane_is_drained() {
+    let streams = Streams::new(2, 0, 5);
+    let (mut source, now) = (Source::new(&armed_with(2), Instant::now()), Instant::now());
+    source.stream(1, &streams.0[1], now).unwrap();
+    source.drained(1);
+    source.stream(0, &streams.0[0], now).unwrap();
+    assert!(!source.wants_stream(0) && source.wants_stream(1) && source.wants_stream(2));
+    assert_eq!(source.end_frames(now), []);
+    source.drained(1);
+    source.stream(2, &streams.0[2], now).unwrap();
+    assert_eq!(source.end_frames(now), []);
+    source.drained(2);
+    let effects = source.end_frames(now);
+    for (lane, bytes) in (0u16..).zip(&streams.0) {
+        assert_eq!(effects[usize::from(lane)], Effect::EndOfLane(lane, evidence(bytes)));
+    }
+    assert_eq!(source.end_frames(now), [], "once");
+    let reported = source.flushed(now);
+    assert!(matches!(&reported[..], [Effect::Report(report)]
+        if matches!(**report, FromAgent::EndOfStream { evidence, .. } if evidence == streams.evidence())));
 }

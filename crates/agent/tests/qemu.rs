@@ -32,8 +32,12 @@ struct Qemu {
 impl Qemu {
     /// Nothing when this machine has no QEMU.
     fn start(incoming: bool) -> Option<Self> {
-        let mut command = Command::new(streams::QEMU);
-        command.args(streams::qemu_args(MACHINE, MEMORY_MIB)).args(["-qmp", "stdio"]);
+        Self::start_of(Command::new(streams::QEMU), MACHINE, incoming)
+    }
+
+    /// The same of another version and machine type.
+    fn start_of(mut command: Command, machine: &str, incoming: bool) -> Option<Self> {
+        command.args(streams::qemu_args(machine, MEMORY_MIB)).args(["-qmp", "stdio"]);
         if incoming {
             command.args(["-incoming", "defer"]);
         }
@@ -100,10 +104,23 @@ impl Qemu {
 
     /// The socket on which this QEMU sends its stream.
     fn send(&mut self) -> UnixStream {
+        self.send_all(0).remove(0)
+    }
+
+    /// The sockets on which this QEMU sends its stream, the main one first.
+    fn send_all(&mut self, channels: u16) -> Vec<UnixStream> {
         let listener = UnixListener::bind(self.socket_path()).unwrap();
         let uri = format!("unix:{}", self.socket_path().display());
         self.command("migrate", &json!({"uri": uri})).unwrap();
-        listener.accept().unwrap().0
+        (0..=channels).map(|_| listener.accept().unwrap().0).collect()
+    }
+
+    fn use_multifd(&mut self, channels: u16, compression: &str) {
+        let capability = json!({"capabilities": [{"capability": "multifd", "state": true}]});
+        self.command("migrate-set-capabilities", &capability).unwrap();
+        let method = if compression.is_empty() { "none" } else { compression };
+        let parameters = json!({"multifd-channels": channels, "multifd-compression": method});
+        self.command("migrate-set-parameters", &parameters).unwrap();
     }
 }
 
@@ -169,6 +186,108 @@ fn a_vm_moves_between_two_real_qemus() {
     pair.source.wait(|m| matches!(m, FromAgent::PeerRunning { .. }));
     // Without its acknowledgement the source's QEMU has not completed: it still waits.
     assert_eq!(from.migration_status(), "device");
+}
+
+/// Names the folder in whose `bin` and `share` an older QEMU is, 7.2.
+const OLD_QEMU: &str = "OUTRIDER_OLD_QEMU";
+
+fn old_qemu() -> Option<Command> {
+    let folder = PathBuf::from(std::env::var_os(OLD_QEMU)?);
+    let mut command = Command::new(folder.join("bin/qemu-system-x86_64"));
+    for firmware in ["share/qemu", "share/seabios", "lib/ipxe/qemu"] {
+        command.arg("-L").arg(folder.join(firmware));
+    }
+    Some(command)
+}
+
+/// The whole way over 1+N connections: QEMU's monitor answers all the time, and both sides agree on every lane.
+fn move_over_lanes(start: impl Fn(bool) -> Qemu, recorded: &[u8], channels: u16, compression: &str) {
+    let inventory = learn(recorded, "qemu/test").unwrap();
+    let (mut from, mut to) = (start(false), start(true));
+    for qemu in [&mut from, &mut to] {
+        qemu.use_multifd(channels, compression);
+    }
+    from.command("cont", &Value::Null).unwrap();
+    let mut pair = Pair::armed(&inventory, |claims| {
+        claims.features.multifd_channels = channels;
+        claims.features.compression = compression.to_owned();
+    });
+    for lane in 0..=channels {
+        let (dialled, accepted) = support::tcp();
+        pair.target.attach_lane(lane, Descriptor::Peer, &accepted);
+        pair.source.attach_lane(lane, Descriptor::Peer, &dialled);
+    }
+    pair.source.wait(|m| matches!(m, FromAgent::Connected { .. }));
+    pair.target.wait(|m| matches!(m, FromAgent::Connected { .. }));
+    let uri = format!("unix:{}", to.socket_path().display());
+    to.command("migrate-incoming", &json!({"uri": uri})).unwrap();
+    for (lane, socket) in (0u16..).zip(from.send_all(channels)) {
+        pair.source.attach_lane(lane, Descriptor::Hypervisor, socket);
+    }
+    for _ in 0..=channels {
+        let wanted = pair.target.wait(|m| matches!(m, FromAgent::HypervisorWanted { .. }));
+        let FromAgent::HypervisorWanted { channel } = wanted else { unreachable!("waited for it") };
+        let socket = UnixStream::connect(to.socket_path()).unwrap();
+        pair.target.attach_lane(channel, Descriptor::Hypervisor, socket);
+        let asked = Instant::now();
+        to.command("query-status", &Value::Null).unwrap();
+        assert!(asked.elapsed().as_millis() < 500, "the monitor stood still for {:?}", asked.elapsed());
+    }
+    let left = match pair.source.wait(|m| matches!(m, FromAgent::EndOfStream { .. })) {
+        FromAgent::EndOfStream { evidence, .. } => evidence,
+        _ => unreachable!("waited for it"),
+    };
+    let nonce = Nonce::from_bytes([3; 16]);
+    pair.source.send(&ToAgent::Prove { nonce });
+    let proof = pair.source.wait(|m| matches!(m, FromAgent::Proven { .. } | FromAgent::NotProven { .. }));
+    assert_eq!(proof, FromAgent::Proven { nonce });
+    pair.source.send(&ToAgent::Frozen);
+    let accepted = pair.target.wait(|m| matches!(m, FromAgent::Accepted { .. }));
+    assert!(matches!(accepted, FromAgent::Accepted { evidence, .. } if evidence == left), "{accepted:?}");
+    pair.target.wait(|m| matches!(m, FromAgent::AcknowledgementHeld { status: 0 }));
+    assert_eq!(to.wait_for_status(&["completed", "failed"]), "completed");
+    assert_eq!(to.run_state(), "paused");
+    to.command("cont", &Value::Null).unwrap();
+    assert_eq!(to.run_state(), "running");
+    // QEMU closes its multifd connections by now; nothing ends because of that.
+    pair.target.progress();
+    pair.target.progress();
+    pair.target.send(&ToAgent::AnnounceRunning);
+    pair.source.wait(|m| matches!(m, FromAgent::PeerRunning { .. }));
+    // The source still waits for its acknowledgement (7.2 calls that active).
+    assert!(["device", "active"].contains(&from.migration_status().as_str()));
+}
+
+#[test]
+fn a_vm_moves_between_two_real_qemus_over_several_lanes() {
+    let Some((recorded, _)) = prepared() else { return };
+    for (channels, compression) in [(1, ""), (2, ""), (4, "zlib"), (2, "zstd"), (16, "")] {
+        move_over_lanes(|incoming| Qemu::start(incoming).unwrap(), &recorded, channels, compression);
+    }
+}
+
+/// Here only the order of its connections tells QEMU which is the main one.
+#[test]
+fn a_vm_moves_between_two_older_qemus_over_several_lanes() {
+    if old_qemu().is_none() {
+        println!("skipped: {OLD_QEMU} names no folder with an older QEMU");
+        return;
+    }
+    let machine = "pc-i440fx-7.2";
+    let start = |incoming| Qemu::start_of(old_qemu().unwrap(), machine, incoming).unwrap();
+    let recorded = streams::with_return_path(&record_old(start(false)));
+    for (channels, compression) in [(2, ""), (4, "zlib"), (2, "zstd")] {
+        move_over_lanes(start, &recorded, channels, compression);
+    }
+}
+
+/// The stream of a paused VM, on one connection.
+fn record_old(mut qemu: Qemu) -> Vec<u8> {
+    let off = json!({"capabilities": [{"capability": "return-path", "state": false}]});
+    qemu.command("migrate-set-capabilities", &off).unwrap();
+    let mut stream = Vec::new();
+    std::io::Read::read_to_end(&mut qemu.send(), &mut stream).unwrap();
+    stream
 }
 
 /// What stock QEMU would accept, or crash on, never gets to it.

@@ -127,10 +127,15 @@ fn permits_that_are_not_for_this_agent_are_refused() {
         sign(&another)
     });
     check("unknown-key-id", &|us| Permit { keys: Vec::new(), ..sign(&claims(us, &other)) });
-    check("multifd", &|us| {
+    check("more channels", &|us| {
         let mut wide = claims(us, &other);
-        wide.features.multifd_channels = 2;
+        wide.features.multifd_channels = 17;
         sign(&wide)
+    });
+    check("compression", &|us| {
+        let mut odd = claims(us, &other);
+        (odd.features.multifd_channels, odd.features.compression) = (2, "qpl".to_owned());
+        sign(&odd)
     });
     let early = refusal(Side::Source, |agent| agent.attach(Descriptor::Peer, tcp().0));
     assert!(early.starts_with("wrong-state"), "{early}");
@@ -214,7 +219,11 @@ fn violations_end_the_migration_and_reach_no_qemu() {
         let writer = pair.write(&mutation.bytes);
         let mut last = devices;
         if endless {
-            pair.source.wait(ended(EndedBy::Budget));
+            // Whichever side looks at its clock first.
+            pair.source.wait(|m| {
+                matches!(m, FromAgent::Ended { what: EndedBy::Budget | EndedBy::Peer, detail, .. }
+                    if detail.contains("downtime budget") || detail.contains("longer than the permit allows"))
+            });
         } else {
             let rejected = pair.target.wait(|m| matches!(m, FromAgent::Rejected { .. }));
             let FromAgent::Rejected { finding } = rejected else { unreachable!("waited for it") };

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use types::host::{Capacity, HostSpec, HostState, Interface, Load};
-use types::inventory::Inventory;
+use types::inventory::{Enrolment, Inventory};
 use types::vm::{VmSpec, VmState};
 use types::{HostName, MigrationId, Name, Nonce};
 
@@ -70,6 +70,19 @@ pub struct VmView {
     pub inventory: Option<Inventory>,
 }
 
+/// `GET /v1/vms/{name}/inspection`: what the stream of a VM is compared with.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmInspection {
+    /// The VM.
+    pub vm: Name,
+    /// Host that holds it; the catalogue is of its QEMU.
+    pub host: Option<HostName>,
+    /// As enrolled when it started, with that host's catalogue.
+    pub enrolment: Enrolment,
+    /// Why there is no catalogue.
+    pub catalogue_missing: Option<String>,
+}
+
 /// `POST /v1/vms/{name}/start`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -89,6 +102,12 @@ pub struct Migrate {
     /// Where the caller believes it is; refused when wrong. Optional.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<HostName>,
+    /// Multifd channels beside the main one; the manager's default when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channels: Option<u16>,
+    /// `zlib` or `zstd` on those channels; none when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<String>,
     /// Never used before.
     pub nonce: Nonce,
     /// Milliseconds since the Unix epoch.

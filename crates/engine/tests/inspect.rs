@@ -12,7 +12,7 @@ use types::inventory::Inventory;
 const MIB: usize = 1 << 20;
 
 fn limits() -> Limits {
-    Limits { stream_bytes: 1 << 40, device_state_bytes: 16 * MIB, vm: None, return_path_required: true }
+    Limits { stream_bytes: 1 << 40, ..Limits::default() }
 }
 
 /// What came out, and the verdict.
@@ -23,21 +23,26 @@ struct Outcome {
 }
 
 fn inspect<'a>(inventory: &Inventory, limits: &Limits, chunks: impl Iterator<Item = &'a [u8]>) -> Outcome {
-    let mut inspector = Inspector::new(inventory, limits).unwrap();
+    let mut inspector = Inspector::new(inventory, None, limits).unwrap();
     let mut released = Vec::new();
     for chunk in chunks {
-        if let Err(violation) = inspector.feed(chunk, &mut |bytes| released.extend_from_slice(bytes)) {
-            return Outcome { released, verdict: Err(violation) };
+        if let Err(refused) =
+            inspector.feed(0, chunk, &mut |_, bytes: &[u8]| released.extend_from_slice(bytes))
+        {
+            return Outcome { released, verdict: Err(refused.violation) };
         }
     }
-    Outcome { released, verdict: inspector.finish().map(|held| held.bytes) }
+    Outcome {
+        released,
+        verdict: inspector.finish().map(|held| held.bytes).map_err(|refused| refused.violation),
+    }
 }
 
 fn accept(name: &str, inventory: &Inventory, stream: &[u8], chunk: usize) {
     let outcome = inspect(inventory, &limits(), stream.chunks(chunk));
     let held = outcome.verdict.unwrap_or_else(|violation| panic!("{name}: {violation}"));
     assert!([outcome.released, held].concat() == stream, "{name}: released bytes differ");
-    let mut detector = EndDetector::new(4096, 16 * MIB);
+    let mut detector = EndDetector::new(inventory, 16 * MIB, false);
     let (head, last) = stream.split_at(stream.len() - 1);
     for piece in head.chunks(chunk) {
         assert!(!detector.feed(piece), "{name}: an end before the end");
@@ -129,10 +134,13 @@ fn budgets_hold() {
 fn nothing_is_released_after_a_violation() {
     let stream = handmade();
     let inventory = learn(&stream, "qemu/test").unwrap();
-    let mut inspector = Inspector::new(&inventory, &limits()).unwrap();
+    let mut inspector = Inspector::new(&inventory, None, &limits()).unwrap();
     let mut released = 0;
-    let first = inspector.feed(b"QEVX0000", &mut |bytes| released += bytes.len()).unwrap_err();
-    assert_eq!(inspector.feed(&stream, &mut |bytes| released += bytes.len()).unwrap_err(), first);
+    let first = inspector.feed(0, b"QEVX0000", &mut |_, bytes: &[u8]| released += bytes.len()).unwrap_err();
+    assert_eq!(
+        inspector.feed(0, &stream, &mut |_, bytes: &[u8]| released += bytes.len()).unwrap_err(),
+        first
+    );
     assert_eq!(inspector.finish().unwrap_err(), first);
     assert_eq!(released, 0);
 }
@@ -205,7 +213,7 @@ fn three_hundred_thousand_mutations_are_judged_soundly() {
             }
             Err(violation) => assert!(outcome.released.len() as u64 <= violation.offset, "seed {seed}"),
         }
-        let mut detector = EndDetector::new(4096, MIB);
+        let mut detector = EndDetector::new(&inventory, MIB, false);
         for piece in bytes.chunks(chunk) {
             detector.feed(piece);
         }

@@ -6,13 +6,15 @@ use crate::cgroup::Group;
 use crate::daemon::lock;
 use crate::error::{HostError, chain};
 use crate::folders::{private_folder, remove_file};
-use crate::process::{Process, ProcessId, Spawn, watch};
+use crate::process::{Process, Spawn, end_text, watch};
+use crate::sweep;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 use rustix::process::Signal;
-use std::io::IoSlice;
+use std::io::{IoSlice, Read, Seek, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -22,6 +24,7 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use types::agent::{Descriptor, FromAgent, MAX_PACKET_BYTES, ToAgent};
 use types::handover::Side;
+use types::layout::Catalogue;
 use types::{ErrorCode, MigrationId, Problem};
 
 /// The agent makes a key and enters its sandbox: milliseconds.
@@ -31,6 +34,10 @@ const READY_TIMEOUT: Duration = Duration::from_secs(10);
 pub const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 /// After `Terminate` an agent closes and exits; a guest may be waiting for that.
 const END_TIMEOUT: Duration = Duration::from_millis(200);
+/// The kernel closes the sockets of a process before it can be reaped, a moment before.
+const REAP_TIMEOUT: Duration = Duration::from_millis(250);
+/// An agent prints a few lines in its life.
+const LOG_BYTES_READ: u64 = 256 * 1024;
 /// A packet that the agent does not take in this time means that it hangs.
 const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -72,6 +79,15 @@ pub struct Ready {
 pub struct AgentGone {
     /// How.
     pub detail: String,
+    /// Without a word of why: it died, or hangs.
+    pub abrupt: bool,
+}
+
+impl AgentGone {
+    /// Gone in an orderly way.
+    pub fn new(detail: impl Into<String>) -> Self {
+        Self { detail: detail.into(), abrupt: false }
+    }
 }
 
 impl AgentSpawner {
@@ -142,12 +158,11 @@ impl AgentSpawner {
     /// At the daemon's start: no agent outlives its daemon by design; one that hangs is ended by force, and what was
     /// made for it is removed.
     pub async fn end_orphans(&self) {
-        if self.folder.exists()
-            && let Err(error) = std::fs::remove_dir_all(&self.folder)
-        {
-            tracing::warn!(folder = %self.folder.display(), %error, "old agents' logs");
+        sweep::remove_folder(&self.folder);
+        for child in self.group.children() {
+            sweep::end_all(&child).await;
+            sweep::remove_group(&child).await;
         }
-        end_processes_in(&self.group).await;
     }
 
     fn locate(&self) -> Result<PathBuf, Problem> {
@@ -227,6 +242,20 @@ impl Agent {
         self.send_with(&ToAgent::Attach { channel, descriptor }, Some(handle)).await
     }
 
+    /// Hands over the catalogue of the VM's devices, before the permit: a sealed file in memory.
+    ///
+    /// # Errors
+    /// The file can't be made, or the agent is gone or hangs.
+    pub async fn attach_catalogue(&self, catalogue: &Catalogue) -> Result<(), Problem> {
+        let unusable =
+            |e: String| Problem::new(ErrorCode::Internal, format!("the catalogue of devices: {e}"));
+        let text = serde_json::to_vec(catalogue).map_err(|e| unusable(e.to_string()))?;
+        let file = memory_file(&text).map_err(|e| unusable(e.to_string()))?;
+        self.attach(0, Descriptor::Catalogue, file)
+            .await
+            .map_err(|gone| Problem::new(ErrorCode::ChannelFailed, gone.to_string()))
+    }
+
     async fn send_with(&self, message: &ToAgent, handle: Option<OwnedFd>) -> Result<(), AgentGone> {
         let packet = wire::packet::encode(message).map_err(|e| gone(chain(&e)))?;
         let work = async {
@@ -261,6 +290,18 @@ impl Agent {
         }
     }
 
+    /// What became of an agent that is gone, for those who have to act on it: how its process ended, if it did.
+    pub async fn post_mortem(&self, gone: AgentGone) -> AgentGone {
+        let Ok(Some(status)) = tokio::time::timeout(REAP_TIMEOUT, self.process.ended()).await else {
+            return AgentGone { abrupt: true, ..gone };
+        };
+        let mut detail = end_text(status);
+        if self.group.ran_out_of_memory() || ran_out_of_memory(&self.log) {
+            detail.push_str(": out of memory");
+        }
+        AgentGone { detail, abrupt: true }
+    }
+
     /// Ends it, politely at first, and removes what was made for it.
     pub async fn end(&self) {
         self.stop().await;
@@ -280,33 +321,9 @@ impl Agent {
     }
 
     async fn sweep(&self) {
-        for _ in 0..100 {
-            if self.group.remove().is_ok() {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        sweep::remove_group(&self.group).await;
         relay_log(&self.log);
         remove_file(&self.log);
-    }
-}
-
-/// Ends by force what is left in the children of a group, and removes them.
-pub(crate) async fn end_processes_in(group: &Group) {
-    for child in group.children() {
-        for pid in child.processes() {
-            let held = ProcessId::of(pid).and_then(|id| Process::adopt(&id));
-            // Only what is still in the group after it was held: the pid may have been reused in between.
-            if let Ok(Some(process)) = held
-                && child.processes().contains(&pid)
-            {
-                process.signal(Signal::KILL).ok();
-                process.exited().await;
-            }
-        }
-        if let Err(error) = child.remove() {
-            tracing::warn!(error = chain(&error), "an old process's cgroup");
-        }
     }
 }
 
@@ -316,6 +333,23 @@ fn relay_log(log: &Path) {
     for line in text.lines().rev().take(50).collect::<Vec<_>>().into_iter().rev() {
         tracing::debug!(agent = line);
     }
+}
+
+/// A file that nobody can change any more, to be read from its beginning.
+fn memory_file(content: &[u8]) -> std::io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = std::fs::File::from(memfd_create("outrider-catalogue", flags)?);
+    file.write_all(content)?;
+    file.rewind()?;
+    fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file.into())
+}
+
+/// The allocator's last word. Nothing else that an agent prints is passed on: it may be about guest memory.
+fn ran_out_of_memory(log: &Path) -> bool {
+    let mut tail = String::new();
+    let read = std::fs::File::open(log).and_then(|file| file.take(LOG_BYTES_READ).read_to_string(&mut tail));
+    read.is_ok() && tail.contains("memory allocation of ")
 }
 
 fn send_packet(socket: &OwnedFd, packet: &[u8], handle: Option<&OwnedFd>) -> Result<(), Errno> {
@@ -330,10 +364,25 @@ fn send_packet(socket: &OwnedFd, packet: &[u8], handle: Option<&OwnedFd>) -> Res
 }
 
 fn gone(detail: impl Into<String>) -> AgentGone {
-    AgentGone { detail: detail.into() }
+    AgentGone::new(detail)
 }
 
 fn log_tail(path: &Path) -> String {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     text.lines().last().unwrap_or("it printed nothing").chars().take(300).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_in_memory_is_read_from_its_beginning_and_never_changed() {
+        let mut file = std::fs::File::from(memory_file(b"catalogue").unwrap());
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "catalogue");
+        assert!(file.write_all(b"x").is_err() && file.set_len(1).is_err() && file.set_len(99).is_err());
+    }
 }

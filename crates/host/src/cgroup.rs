@@ -152,6 +152,16 @@ impl Group {
         all
     }
 
+    /// Whether the kernel ended a process in it for want of memory.
+    #[must_use]
+    pub fn ran_out_of_memory(&self) -> bool {
+        let v2 = self.v2().map(|folder| folder.join("memory.events"));
+        let v1 = self.v1("memory").map(|folder| folder.join("memory.oom_control"));
+        let told = v2.into_iter().chain(v1).filter_map(|file| fs::read_to_string(file).ok());
+        told.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>())
+            .any(|line| line.strip_prefix("oom_kill ").is_some_and(|count| count.trim() != "0"))
+    }
+
     /// Removes it everywhere, if it is empty. A group that is gone already is fine.
     ///
     /// # Errors

@@ -16,6 +16,9 @@ use types::{ErrorCode, Problem};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// QEMU connects as soon as it is told to migrate.
 const QEMU_TIMEOUT: Duration = Duration::from_secs(5);
+const QEMU_BUSY_PAUSE: Duration = Duration::from_millis(1);
+/// The source makes its connections one after the other, without a pause.
+const NEXT_CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Strangers that are reported per listener; after that they are only closed.
 const STRANGERS_REPORTED_MAX: usize = 20;
 
@@ -33,6 +36,18 @@ impl HypervisorListener {
         UnixListener::bind(path).map(Self).map_err(|e| {
             Problem::new(ErrorCode::SourceFailed, format!("cannot listen at {}: {e}", path.display()))
         })
+    }
+
+    /// So many connections of exactly this QEMU, in the order in which it makes them.
+    ///
+    /// # Errors
+    /// One did not come.
+    pub async fn accept_all(&self, qemu: &Process, count: u16) -> Result<Vec<OwnedFd>, Problem> {
+        let mut all = Vec::with_capacity(usize::from(count));
+        for _ in 0..count {
+            all.push(self.accept(qemu).await?);
+        }
+        Ok(all)
     }
 
     /// The connection of exactly this QEMU; others are closed.
@@ -61,13 +76,25 @@ impl HypervisorListener {
 /// It is not there, or somebody else is.
 pub async fn connect_hypervisor(path: &Path, qemu: &Process) -> Result<OwnedFd, Problem> {
     let work = async {
-        let stream = UnixStream::connect(path).await?;
+        let stream = connect_unix(path).await?;
         same_process(&stream, qemu)?;
         into_descriptor(stream.into_std()?)
     };
     within(QEMU_TIMEOUT, work).await.map_err(|e| {
         Problem::new(ErrorCode::HypervisorFailed, format!("cannot reach QEMU's incoming socket: {e}"))
     })
+}
+
+/// A QEMU that is busy with one connection leaves others waiting, and its queue is short.
+async fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                tokio::time::sleep(QEMU_BUSY_PAUSE).await;
+            }
+            other => return other,
+        }
+    }
 }
 
 fn same_process(stream: &UnixStream, qemu: &Process) -> io::Result<()> {
@@ -119,24 +146,45 @@ fn socket(address: IpAddr) -> io::Result<TcpSocket> {
     }
 }
 
-/// Accepts the one connection of `peer`; others are closed and named to `strangers`.
-///
-/// # Errors
-/// The listener broke.
+/// Accepts exactly `count` connections of `peer`, gives them to `connections` in the order in which they come, and then
+/// listens no more; others are closed and named to `strangers`. The last that is given is an error when the listener
+/// broke, or when one came too long after the one before.
 pub async fn accept_from(
     listener: TcpListener,
-    peer: IpAddr,
+    (peer, count): (IpAddr, u16),
+    connections: mpsc::Sender<io::Result<OwnedFd>>,
     strangers: mpsc::Sender<SocketAddr>,
-) -> io::Result<OwnedFd> {
+) {
     let mut reported = 0;
+    for number in 0..count {
+        let next = accept_one(&listener, peer, &mut reported, &strangers);
+        let accepted = match number {
+            // The source may take its time to start.
+            0 => next.await,
+            _ => within(NEXT_CONNECTION_TIMEOUT, next).await,
+        };
+        let broken = accepted.is_err();
+        // A shell that is gone needs no connection.
+        if connections.send(accepted).await.is_err() || broken {
+            return;
+        }
+    }
+}
+
+async fn accept_one(
+    listener: &TcpListener,
+    peer: IpAddr,
+    reported: &mut usize,
+    strangers: &mpsc::Sender<SocketAddr>,
+) -> io::Result<OwnedFd> {
     loop {
         let (stream, from) = listener.accept().await?;
         if from.ip() == peer {
             return descriptor(stream);
         }
         drop(stream);
-        if reported < STRANGERS_REPORTED_MAX {
-            reported += 1;
+        if *reported < STRANGERS_REPORTED_MAX {
+            *reported += 1;
             // A full queue means that there are enough reports already.
             strangers.try_send(from).ok();
         }
@@ -183,13 +231,20 @@ mod tests {
     async fn only_the_named_peer_gets_in() {
         let (listener, at) = listen(HERE, PortRange { first: 17450, last: 17499 }).unwrap();
         let (strangers, mut reports) = mpsc::channel(4);
+        let (connections, mut accepted) = mpsc::channel(4);
         let other = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
-        let accepted = tokio::spawn(accept_from(listener, HERE, strangers));
+        let task = tokio::spawn(accept_from(listener, (HERE, 3), connections, strangers));
         let _stranger = connect(other, at).await.unwrap();
         assert_eq!(reports.recv().await.unwrap().ip(), other);
-        assert!(!accepted.is_finished());
-        let _peer = connect(HERE, at).await.unwrap();
-        assert!(accepted.await.unwrap().is_ok());
+        let mut held = Vec::new();
+        for _ in 0..3 {
+            assert!(!task.is_finished() && accepted.is_empty());
+            held.push(connect(HERE, at).await.unwrap());
+            assert!(accepted.recv().await.unwrap().is_ok());
+        }
+        // Exactly so many: nobody listens any more.
+        task.await.unwrap();
+        assert_eq!(connect(HERE, at).await.unwrap_err().code, ErrorCode::ChannelFailed);
     }
 
     #[tokio::test]

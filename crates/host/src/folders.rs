@@ -8,6 +8,9 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use types::{ErrorCode, Problem};
 
+/// What of a program's own words goes into a problem.
+const LAST_WORDS_BYTES: usize = 600;
+
 /// Where things are.
 #[derive(Debug, Clone)]
 pub struct Folders {
@@ -76,6 +79,27 @@ pub fn private_folder(folder: &Path) -> Result<(), HostError> {
         .create(folder)
         .and_then(|()| fs::set_permissions(folder, fs::Permissions::from_mode(0o700)))
         .map_err(|e| HostError::file("cannot make private folder", folder, e))
+}
+
+/// Gives a folder to the user under whom QEMU runs.
+///
+/// # Errors
+/// There is no such user.
+pub async fn give(folder: &Path, user: &str) -> Result<(), Problem> {
+    let status = tokio::process::Command::new("chown").arg(user).arg(folder).status().await;
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        _ => Err(Problem::new(ErrorCode::BadConfiguration, format!("qemu_user {user:?} does not exist"))),
+    }
+}
+
+/// The end of a log, for people.
+#[must_use]
+pub fn last_words(log: &Path) -> String {
+    let bytes = fs::read(log).unwrap_or_default();
+    let tail = &bytes[bytes.len().saturating_sub(LAST_WORDS_BYTES)..];
+    let text = String::from_utf8_lossy(tail).trim().to_owned();
+    if text.is_empty() { "it said nothing".to_owned() } else { text }
 }
 
 /// Writes a private file durably: the old content or the new one survives a crash.

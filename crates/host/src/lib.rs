@@ -12,7 +12,7 @@
 //! |---|---|
 //! | [`config`], [`folders`], [`identity`], [`mod@join`] | who this host is, and where its things are |
 //! | [`qmp`], [`qemu`], [`vms`] | QEMU: monitor, command line, life cycle, adoption |
-//! | [`cgroup`], [`freezer`], [`process`], [`load`] | the kernel's side: groups, freezing with proof, pid descriptors |
+//! | [`cgroup`], [`freezer`], [`process`], [`sweep`], [`load`] | the kernel's side: groups, freezing with proof, pid descriptors |
 //! | [`journal`], [`daemon`], [`outbox`] | what is written down, shared, and told |
 //! | [`agents`], [`scanner`], [`channel`], [`peer`] | processes and sockets of one migration |
 //! | [`migration`] | the hand-over |
@@ -40,6 +40,7 @@ pub mod qmp;
 mod rpc;
 pub mod scanner;
 pub mod session;
+pub mod sweep;
 pub mod vms;
 
 pub use config::{Config, JoinConfig, PortRange};
@@ -87,9 +88,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     let migrations = Migrations::new(daemon.clone());
     migrations.recover();
     end_stray_targets(&daemon, &migrations).await;
-    if let Err(problem) = daemon.vms.binary().await {
+    match daemon.vms.binary().await {
+        Ok(binary) => daemon.vms.identify(&binary).await,
         // VMs that run here are none the worse for it; orders that need it say so again.
-        tracing::warn!(%problem, "no VM can be started or received here");
+        Err(problem) => tracing::warn!(%problem, "no VM can be started or received here"),
     }
     daemon.spawner.refill();
     let meter = LoadMeter::new(Hierarchies::detect().group(&config.cgroup).parent());

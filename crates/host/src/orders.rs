@@ -23,6 +23,8 @@ use types::{Epoch, ErrorCode, MigrationId, Problem, VmId};
 const IDLE_AGENTS_MAX: usize = 32;
 /// A JSON document in an order: specs and inventories are far smaller.
 const JSON_BYTES_MAX: usize = 1 << 20;
+/// A message of the host protocol has 4 MiB at most, and a longer one would end the session.
+const CATALOGUE_MESSAGE_BYTES_MAX: usize = 3 << 20;
 
 /// Carries out orders.
 #[derive(Debug, Clone)]
@@ -65,6 +67,7 @@ impl Orders {
                 let taken = self.migrations.renounced(order.token, &order.target_daemon_key);
                 self.reply(id, name, taken.map(|()| done()));
             }
+            Body::InspectVm(order) => self.run(id, name, async move { this.inspect_vm(order).await }),
             Body::Renounce(order) => self.reply(id, name, self.renounce(order)),
             Body::Decline(order) => self.reply(id, name, self.decline(&order)),
             hand_over => match self.hand_over(hand_over) {
@@ -134,6 +137,24 @@ impl Orders {
             );
         }
         self.daemon.vms.stop(vm, Epoch(order.epoch)).await.map(|()| done())
+    }
+
+    /// What this host's QEMU makes of the devices of a VM that runs here.
+    async fn inspect_vm(&self, order: fleet::InspectVm) -> Outcome {
+        let vm = parse("VM", &order.vm)?;
+        let instance = self
+            .daemon
+            .vms
+            .running(vm)
+            .ok_or_else(|| Problem::new(ErrorCode::VmNotRunning, "the VM does not run on this host"))?;
+        let record = instance.record();
+        let shape = self.daemon.vms.shape(&record.spec, &record.machine).await?;
+        let catalogue_json = serde_json::to_string(&shape.catalogue).map_err(|e| bad(e.to_string()))?;
+        if catalogue_json.len() > CATALOGUE_MESSAGE_BYTES_MAX {
+            let text = format!("the catalogue has {} bytes, too many for one message", catalogue_json.len());
+            return Err(Problem::new(ErrorCode::LimitReached, text));
+        }
+        Ok(reply::Result::Inspected(fleet::Inspected { catalogue_json }))
     }
 
     /// An operator's wish becomes this host's signed request: only a host that holds the VM makes one.
@@ -406,5 +427,6 @@ fn name_of(body: &Body) -> &'static str {
         Body::Void(_) => "void",
         Body::Present(_) => "present",
         Body::Decline(_) => "decline",
+        Body::InspectVm(_) => "inspect-vm",
     }
 }

@@ -9,8 +9,9 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use tokio::io::unix::AsyncFd;
 
@@ -31,6 +32,8 @@ pub struct ProcessId {
 pub struct Process {
     id: ProcessId,
     descriptor: Arc<AsyncFd<OwnedFd>>,
+    /// Only of a child of this daemon.
+    status: Option<tokio::sync::watch::Receiver<Option<ExitStatus>>>,
 }
 
 /// What to start, and how.
@@ -100,6 +103,11 @@ impl Process {
     /// # Errors
     /// System calls that failed for another reason than its absence.
     pub fn adopt(id: &ProcessId) -> Result<Option<Self>, HostError> {
+        Ok(Self::hold(id)?.filter(Self::is_alive))
+    }
+
+    /// The same, also of one that has ended and was not reaped yet.
+    fn hold(id: &ProcessId) -> Result<Option<Self>, HostError> {
         if id.boot_id != boot_id() {
             return Ok(None);
         }
@@ -116,8 +124,7 @@ impl Process {
         }
         let descriptor =
             watch(descriptor).map_err(|e| HostError::system("cannot watch a pid descriptor", e))?;
-        let process = Self { id: id.clone(), descriptor: Arc::new(descriptor) };
-        Ok(process.is_alive().then_some(process))
+        Ok(Some(Self { id: id.clone(), descriptor: Arc::new(descriptor), status: None }))
     }
 
     /// Its identity.
@@ -155,10 +162,45 @@ impl Process {
             }
         }
     }
+
+    /// How it ended, once it has; nothing of one that this daemon did not start.
+    pub async fn ended(&self) -> Option<ExitStatus> {
+        let mut status = self.status.clone()?;
+        let seen = status.wait_for(Option::is_some).await.ok()?;
+        *seen
+    }
+}
+
+/// How a process ended, in words.
+#[must_use]
+pub fn end_text(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(101), _) => "it panicked (exit code 101)".to_owned(),
+        (Some(code), _) => format!("it ended with exit code {code}"),
+        (None, Some(number)) => match signal_name(number) {
+            Some(name) => format!("it was killed by signal {number} ({name})"),
+            None => format!("it was killed by signal {number}"),
+        },
+        (None, None) => "it ended".to_owned(),
+    }
+}
+
+/// Those that tell something.
+const fn signal_name(number: i32) -> Option<&'static str> {
+    Some(match number {
+        4 => "SIGILL",
+        6 => "SIGABRT",
+        7 => "SIGBUS",
+        9 => "SIGKILL",
+        11 => "SIGSEGV",
+        15 => "SIGTERM",
+        31 => "SIGSYS, by its sandbox",
+        _ => return None,
+    })
 }
 
 impl Spawn<'_> {
-    /// Starts it. It is reaped when it ends, and lives on when the daemon ends.
+    /// Starts it. It is reaped when it ends, which may be at once, and lives on when the daemon ends.
     ///
     /// # Errors
     /// The program, shell or group can't be used.
@@ -181,14 +223,39 @@ impl Spawn<'_> {
         let failed = |source| HostError::Program { program: self.program.display().to_string(), source };
         let mut child = command.spawn().map_err(failed)?;
         let pid = child.id().ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
-        let process = Process::adopt(&ProcessId::of(pid)?)?;
+        let process = Process::hold(&ProcessId::of(pid)?)?;
         let name = self.program.display().to_string();
+        let (told, status) = tokio::sync::watch::channel(None);
         tokio::spawn(async move {
             match child.wait().await {
-                Ok(status) => tracing::debug!(pid, program = name, %status, "process ended"),
+                Ok(status) => {
+                    tracing::debug!(pid, program = name, %status, "process ended");
+                    told.send_replace(Some(status));
+                }
                 Err(error) => tracing::warn!(pid, program = name, %error, "cannot wait for process"),
             }
         });
-        process.ok_or_else(|| failed(std::io::Error::other("it ended at once")))
+        let process = process.ok_or_else(|| failed(std::io::Error::other("it cannot be held")))?;
+        Ok(Process { status: Some(status), ..process })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_told_in_words() {
+        for (raw, expected) in [
+            (0, "it ended with exit code 0"),
+            (3 << 8, "it ended with exit code 3"),
+            (101 << 8, "it panicked (exit code 101)"),
+            (9, "it was killed by signal 9 (SIGKILL)"),
+            (11, "it was killed by signal 11 (SIGSEGV)"),
+            (31, "it was killed by signal 31 (SIGSYS, by its sandbox)"),
+            (40, "it was killed by signal 40"),
+        ] {
+            assert_eq!(end_text(ExitStatus::from_raw(raw)), expected);
+        }
     }
 }

@@ -6,6 +6,7 @@ use crate::cgroup::Group;
 use crate::error::{HostError, chain};
 use crate::folders::{private_folder, remove_file};
 use crate::process::{Process, Spawn, watch};
+use crate::sweep;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
 use rustix::process::Signal;
@@ -85,14 +86,22 @@ impl ScannerSpawner {
         }
     }
 
+    /// Whether there is a scanner, and rules that can be read: known before anything is started for a migration.
+    ///
+    /// # Errors
+    /// As [`Self::spawn`].
+    pub fn check(&self) -> Result<(), Problem> {
+        self.locate()?;
+        self.read_rules().map(drop)
+    }
+
     /// At the daemon's start: scanners of an earlier daemon are ended, and what was made for them is removed.
     pub async fn end_orphans(&self) {
-        if self.folder.exists()
-            && let Err(error) = std::fs::remove_dir_all(&self.folder)
-        {
-            tracing::warn!(folder = %self.folder.display(), %error, "old scanners' logs");
+        sweep::remove_folder(&self.folder);
+        for child in self.group.children() {
+            sweep::end_all(&child).await;
+            sweep::remove_group(&child).await;
         }
-        crate::agents::end_processes_in(&self.group).await;
     }
 
     fn locate(&self) -> Result<PathBuf, Problem> {
@@ -246,12 +255,7 @@ impl Scanner {
         let scanner = self.clone();
         // Nobody waits for the sweeping.
         tokio::spawn(async move {
-            for _ in 0..100 {
-                if scanner.group.remove().is_ok() {
-                    break;
-                }
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
+            sweep::remove_group(&scanner.group).await;
             let said = std::fs::read_to_string(&scanner.log).unwrap_or_default();
             for line in said.lines().take(50) {
                 tracing::debug!(scanner = line);

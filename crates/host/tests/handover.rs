@@ -6,12 +6,14 @@ mod support;
 use api::fleet::{self, to_host};
 use engine::handover::decider::RowState;
 use serde_json::json;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 use support::Manager;
 use support::host::{Host, missing, run_child};
 use types::ErrorCode;
 use types::inventory::Inventory;
+use types::permit::StreamFeatures;
 use types::vm::VmSpec;
 
 /// Not a test of its own: the daemons of the other tests run here, in processes of their own.
@@ -64,6 +66,23 @@ impl Lab {
         self.manager.migrate(&self.spec, &self.inventory, epoch, from, to).await
     }
 
+    /// The source never hears of a migration, and promises to take no part in it.
+    async fn decline_source(&self, claims: &types::permit::PermitClaims) {
+        let row = self.manager.world.lock().unwrap().rows[&claims.key.migration].clone();
+        let attempt = json!({
+            "key": row.key, "permit": row.permit, "nonce": claims.nonce, "source": row.source,
+            "target": row.target, "target_journal": row.target_journal,
+            "run_budget_ms": claims.duration_budget_ms,
+        });
+        let decline = fleet::Decline {
+            attempt_json: attempt.to_string(),
+            side: "source".to_owned(),
+            code: "terminated".to_owned(),
+            detail: "by the test".to_owned(),
+        };
+        self.manager.order("host-a", to_host::Body::Decline(decline)).await.unwrap();
+    }
+
     /// A migration that is met in the middle.
     async fn held(&self) -> types::permit::PermitClaims {
         self.manager.migrate_held(&self.spec, &self.inventory, 1, "host-a", "host-b").await
@@ -97,12 +116,86 @@ async fn a_vm_moves_there_and_back() {
     {
         lab.manager.event(there.migration, kind).await;
     }
+    let inspect = || to_host::Body::InspectVm(fleet::InspectVm { vm: lab.spec.uuid.to_string() });
+    match lab.manager.order("host-b", inspect()).await.unwrap() {
+        fleet::reply::Result::Inspected(inspected) => {
+            let catalogue: types::layout::Catalogue =
+                serde_json::from_str(&inspected.catalogue_json).unwrap();
+            assert_eq!(catalogue.machine, lab.inventory.machine);
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(lab.manager.order("host-a", inspect()).await.unwrap_err().code, "vm-not-running");
     // A→B→A: the same hosts, the same VM, later epochs.
     let back = lab.migrate(3, "host-b", "host-a").await.key;
     lab.manager.row("completed", back.migration, completed).await;
     lab.a.only(1).await;
     lab.b.only(0).await;
     assert!(lab.manager.world.lock().unwrap().vm_events.is_empty(), "ordered ends are no news");
+}
+
+impl Lab {
+    /// From now on permits allow multifd.
+    fn allow(&self, multifd_channels: u16, compression: &str) {
+        self.manager.world.lock().unwrap().features = StreamFeatures {
+            multifd_channels,
+            compression: compression.to_owned(),
+            ..StreamFeatures::default()
+        };
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_moves_over_several_connections() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    let hosts = [("host-a", "host-b"), ("host-b", "host-a")];
+    let ways = [(2, ""), (4, "zstd"), (1, "zlib"), (0, ""), (16, "")];
+    for ((channels, compression), number) in ways.into_iter().zip(0u64..) {
+        lab.allow(channels, compression);
+        let (from, to) = hosts[usize::try_from(number % 2).unwrap()];
+        let key = lab.migrate(1 + 2 * number, from, to).await.key;
+        lab.manager.row("completed", key.migration, completed).await;
+        let connected = lab.manager.event(key.migration, "connected").await;
+        assert_eq!(connected["channels"], channels + 1, "{connected}");
+        let (here, there) = if number % 2 == 0 { (&lab.a, &lab.b) } else { (&lab.b, &lab.a) };
+        here.only(0).await;
+        there.only(1).await;
+        assert_eq!(there.guest().await, "running");
+    }
+}
+
+/// Given up in the middle, on all connections; then again on one.
+#[tokio::test(flavor = "multi_thread")]
+async fn several_connections_are_all_given_up() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    lab.allow(3, "");
+    let id = lab.held().await.key.migration;
+    lab.manager.event(id, "connected").await;
+    lab.manager.abort(id, ErrorCode::Terminated);
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert_eq!(lab.a.guest().await, "running");
+    lab.allow(0, "");
+    let again = lab.migrate(4, "host-a", "host-b").await.key;
+    lab.manager.row("completed", again.migration, completed).await;
+    lab.b.only(1).await;
+    assert_eq!(lab.b.guest().await, "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_targets_qemu_dies_with_several_connections() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    lab.allow(2, "");
+    let id = lab.held().await.key.migration;
+    lab.b.kill_qemu();
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert_eq!(lab.a.guest().await, "running");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -261,6 +354,50 @@ async fn the_targets_qemu_dies_in_the_transfer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_target_without_a_catalogue_takes_a_vm_only_where_the_permit_says_so() {
+    let _turn = TURN.lock().await;
+    let Some(mut lab) = lab().await else { return };
+    let qemu = lab._folder.path().join("qemu");
+    let script = "#!/bin/sh\ncase \"$*\" in *guest=dry-run*) exit 7 ;; esac\n\
+                  exec /usr/bin/qemu-system-x86_64 \"$@\"\n";
+    std::fs::write(&qemu, script).unwrap();
+    std::fs::set_permissions(&qemu, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let hellos = lab.manager.world.lock().unwrap().hellos.len();
+    lab.b.restart_with(&qemu);
+    lab.manager.until("host-b is back", |w| (w.hellos.len() > hellos).then_some(())).await;
+    let (token, claims) = lab.manager.permit(&lab.spec, 1, "host-a", "host-b").await;
+    let refused = lab.manager.prepare(&token, &claims, &lab.spec, &lab.inventory).await.unwrap_err();
+    assert_eq!(refused.code, "hypervisor-failed", "{refused:?}");
+    assert!(refused.detail.contains("no catalogue of the VM's devices"), "{refused:?}");
+    assert!(refused.detail.contains("exit code 7"), "{refused:?}");
+    lab.decline_source(&claims).await;
+    lab.manager.row("given up", claims.key.migration, given_up).await;
+    lab.b.only(0).await;
+    lab.manager.world.lock().unwrap().profile = Some("strict+report-unvouched");
+    let id = lab.migrate(3, "host-a", "host-b").await.key.migration;
+    lab.manager.row("completed", id, completed).await;
+    lab.a.only(0).await;
+    lab.b.only(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_targets_agent_is_killed_in_the_transfer() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    let id = lab.held().await.key.migration;
+    lab.b.kill_agents();
+    let finding = lab.manager.event(id, "finding").await;
+    assert_eq!(finding["rule"], "agent-lost", "{finding}");
+    assert_eq!(finding["found"], "it was killed by signal 9 (SIGKILL)", "{finding}");
+    let ended = lab.manager.event(id, "ended").await;
+    assert!(ended["what"] == "agent" || ended["what"] == "peer", "{ended}");
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert_eq!(lab.a.guest().await, "running");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_sources_qemu_dies_after_both_votes() {
     let _turn = TURN.lock().await;
     let Some(lab) = lab().await else { return };
@@ -311,18 +448,7 @@ async fn strangers_are_closed_and_unknown_attempts_declined() {
     let abort = fleet::Abort { key_json, code: "terminated".to_owned(), detail: String::new() };
     let unknown = lab.manager.order("host-a", to_host::Body::Abort(abort)).await.unwrap_err();
     assert_eq!(unknown.code, "unknown-migration");
-    let row = lab.manager.world.lock().unwrap().rows[&id].clone();
-    let attempt = json!({
-        "key": row.key, "permit": row.permit, "nonce": claims.nonce, "source": row.source, "target": row.target,
-        "target_journal": row.target_journal, "run_budget_ms": claims.duration_budget_ms,
-    });
-    let decline = fleet::Decline {
-        attempt_json: attempt.to_string(),
-        side: "source".to_owned(),
-        code: "terminated".to_owned(),
-        detail: "by the test".to_owned(),
-    };
-    lab.manager.order("host-a", to_host::Body::Decline(decline)).await.unwrap();
+    lab.decline_source(&claims).await;
     lab.manager.row("given up", id, given_up).await;
     lab.a.only(1).await;
     lab.b.only(0).await;

@@ -5,9 +5,11 @@ use outrider_host::cgroup::Hierarchies;
 use outrider_host::folders::Folders;
 use outrider_host::vms::record::Phase;
 use outrider_host::vms::{Settings, Vms};
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use types::inventory::Inventory;
 use types::vm::VmSpec;
 use types::{Epoch, ErrorCode, HandoverKey, MigrationId};
 
@@ -27,12 +29,44 @@ impl Bench {
     }
 
     fn vms(&self) -> Arc<Vms> {
+        self.vms_of(None)
+    }
+
+    /// With a QEMU of its own.
+    fn vms_of(&self, qemu: Option<PathBuf>) -> Arc<Vms> {
         let folders = Folders::create(&self.folder.path().join("s"), &self.folder.path().join("r")).unwrap();
-        let settings =
-            Settings { qemu: None, user: None, serial_log: false, folders, cgroup: self.cgroup.clone() };
+        let settings = Settings { qemu, user: None, serial_log: false, folders, cgroup: self.cgroup.clone() };
         let (vms, mut ended) = Vms::new(settings);
         tokio::spawn(async move { while ended.recv().await.is_some() {} });
         vms
+    }
+
+    /// A QEMU that does something else when it is to be run dry; `log` gets a line for each dry run.
+    fn wrapped(&self, then: &str) -> PathBuf {
+        let (path, log) = (self.folder.path().join("qemu"), self.dry_runs_log());
+        let script = format!(
+            "#!/bin/sh\ncase \"$*\" in *guest=dry-run*) echo x >>{}; {then} ;; esac\n\
+             exec /usr/bin/qemu-system-x86_64 \"$@\"\n",
+            log.display()
+        );
+        std::fs::write(&path, script).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    fn dry_runs_log(&self) -> PathBuf {
+        self.folder.path().join("dry-runs")
+    }
+
+    /// How often it was run dry.
+    fn dry_runs(&self) -> usize {
+        std::fs::read_to_string(self.dry_runs_log()).unwrap_or_default().lines().count()
+    }
+
+    /// Processes of dry runs.
+    fn dry_run_pids(&self) -> Vec<u32> {
+        let all = Hierarchies::detect().group(&self.cgroup).children();
+        all.iter().filter(|g| g.path().contains("/dry-run-")).flat_map(|g| g.processes()).collect()
     }
 
     fn qemus(&self) -> Vec<u32> {
@@ -259,6 +293,124 @@ async fn what_is_missing_is_said_and_nothing_is_left() {
         assert!(problem.to_string().contains(says), "{problem}");
     }
     bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_enrols_devices_and_firmware_and_the_next_of_its_shape_makes_nothing() {
+    let Some(bench) = Bench::new("enrol") else { return };
+    let qemu = bench.wrapped("");
+    let vms = bench.vms_of(Some(qemu.clone()));
+    let alike = VmSpec {
+        uuid: "21111111-2222-3333-4444-555555555555".parse().unwrap(),
+        name: "alike".parse().unwrap(),
+        memory_bytes: 96 << 20,
+        ..spec()
+    };
+    let (one, two) = (spec(), alike.clone());
+    vms.binary().await.unwrap();
+    let before = std::time::Instant::now();
+    let (first, second) = tokio::join!(vms.start(&one, Epoch(1)), vms.start(&two, Epoch(1)));
+    let (first, second) = (first.unwrap().inventory, second.unwrap().inventory);
+    let fresh = before.elapsed();
+    assert_eq!(bench.dry_runs(), 1, "two at once are made once");
+    assert_eq!(first.devices, second.devices);
+    let names: Vec<_> = first.devices.iter().map(|d| d.name.as_str()).collect();
+    for name in ["timer", "cpu", "fw_cfg", "0000:00:00.0/mch", "globalstate"] {
+        assert!(names.contains(&name), "{name} in {names:?}");
+    }
+    let pinned: Vec<_> = first.ram_blocks.iter().filter(|b| b.content.is_some()).map(|b| &*b.name).collect();
+    assert_eq!(pinned, ["pc.bios", "pc.rom"], "of {:?}", first.ram_blocks);
+    let length = |inventory: &Inventory| {
+        inventory.ram_blocks.iter().find(|b| b.name == "pc.ram").unwrap().length_bytes
+    };
+    assert_eq!((length(&first), length(&second)), (64 << 20, 96 << 20), "lengths are the VM's own");
+    vms.stop(one.uuid, Epoch(1)).await.unwrap();
+
+    let before = std::time::Instant::now();
+    vms.start(&one, Epoch(2)).await.unwrap();
+    eprintln!("two fresh starts {fresh:?}, one of a known shape {:?}", before.elapsed());
+    // Another daemon finds it in the state folder.
+    vms.stop(one.uuid, Epoch(2)).await.unwrap();
+    let later = bench.vms_of(Some(qemu));
+    later.binary().await.unwrap();
+    let before = std::time::Instant::now();
+    later.start(&one, Epoch(3)).await.unwrap();
+    eprintln!("of a shape that is in the state folder {:?}", before.elapsed());
+    assert_eq!(bench.dry_runs(), 1);
+    // What shapes devices makes another.
+    later.stop(one.uuid, Epoch(3)).await.unwrap();
+    let wider = VmSpec { vcpus: 2, ..one.clone() };
+    let cpus = |i: &Inventory| i.devices.iter().filter(|d| d.name == "cpu").count();
+    let started = later.start(&wider, Epoch(4)).await.unwrap();
+    assert_eq!((cpus(&first), cpus(&started.inventory), bench.dry_runs()), (1, 2, 2));
+    later.stop(wider.uuid, Epoch(4)).await.unwrap();
+    vms.stop(alike.uuid, Epoch(1)).await.unwrap();
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_that_dies_is_an_error_and_leaves_nothing() {
+    let Some(bench) = Bench::new("dies") else { return };
+    let vms = bench.vms_of(Some(bench.wrapped("exec sleep 60")));
+    let spec = spec();
+    let kill = async {
+        loop {
+            if let [pid, ..] = bench.dry_run_pids()[..] {
+                let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+                if comm.trim() == "sleep" {
+                    std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+                    return;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let (refused, ()) = tokio::join!(vms.start(&spec, Epoch(1)), kill);
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::HypervisorFailed);
+    assert!(
+        refused.detail.contains("the dry run failed: QEMU ended: it was killed by signal 9"),
+        "{refused}"
+    );
+    bench.nothing_is_left();
+    // One that says why.
+    let vms = bench.vms_of(Some(bench.wrapped("echo no such thing >&2; exit 1")));
+    let refused = vms.start(&spec, Epoch(1)).await.unwrap_err();
+    assert!(refused.detail.contains("exit code 1; no such thing"), "{refused}");
+    bench.nothing_is_left();
+    // What was refused once is tried again.
+    let vms = bench.vms_of(Some(bench.wrapped("")));
+    vms.start(&spec, Epoch(1)).await.unwrap();
+    vms.stop(spec.uuid, Epoch(1)).await.unwrap();
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_of_a_daemon_that_died_is_swept_up() {
+    let Some(bench) = Bench::new("swept") else { return };
+    let vms = bench.vms_of(Some(bench.wrapped("exec sleep 60")));
+    let (first, spec) = (vms.clone(), spec());
+    // Its caller goes away, and with this test's runtime nobody would end it: as after kill -9.
+    let waiting = tokio::spawn(async move { first.shape(&spec, "q35").await });
+    while bench.dry_run_pids().is_empty() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let second = bench.vms();
+    second.adopt().await.unwrap();
+    assert!(bench.dry_run_pids().is_empty());
+    bench.nothing_is_left();
+    assert!(waiting.await.unwrap().is_err());
+    drop(vms);
+    bench_is_gone(&bench).await;
+}
+
+/// The first daemon's own clearing may come after the second's.
+async fn bench_is_gone(bench: &Bench) {
+    let left = || Hierarchies::detect().group(&bench.cgroup).children().len();
+    while left() > 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Hierarchies::detect().group(&bench.cgroup).remove().unwrap();
 }
 
 const NIC_CHILD: &str = "OUTRIDER_TEST_NIC";

@@ -3,6 +3,8 @@
 use serde::Deserialize;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use types::permit::MAX_MULTIFD_CHANNELS;
+use types::profile::InspectionProfile;
 use types::{ErrorCode, Name, Problem};
 
 /// Configuration of the manager.
@@ -33,6 +35,13 @@ pub struct Config {
     pub head_room_cpu_pressure_percent: u32,
     /// Most migrations at once, over the whole fleet.
     pub concurrent_migrations: u32,
+    /// Multifd channels of a migration for which none were asked.
+    pub multifd_channels: u16,
+    /// Most multifd channels that may be asked for.
+    pub multifd_channels_max: u16,
+    /// How streams are inspected, as permits say it: `strict`, with `+signatures` or `+report-unvouched`.
+    #[serde(deserialize_with = "profile")]
+    pub inspection_profile: InspectionProfile,
     /// Budgets that permits carry.
     pub budgets: Budgets,
 }
@@ -66,6 +75,9 @@ impl Default for Config {
             head_room_memory_percent: 10,
             head_room_cpu_pressure_percent: 90,
             concurrent_migrations: 64,
+            multifd_channels: 0,
+            multifd_channels_max: MAX_MULTIFD_CHANNELS,
+            inspection_profile: InspectionProfile::default(),
             budgets: Budgets::default(),
         }
     }
@@ -75,6 +87,10 @@ impl Default for Budgets {
     fn default() -> Self {
         Self { start_s: 60, run_s: 3_600, stream_memory_multiple: 16, downtime_ms: 5_000 }
     }
+}
+
+fn profile<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<InspectionProfile, D::Error> {
+    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
 impl Config {
@@ -121,6 +137,11 @@ impl Config {
             || self.budgets.run_s < self.budgets.start_s
         {
             return bad("budgets.start_s must be 1 to 600, and budgets.run_s at least as long");
+        }
+        if self.multifd_channels_max > MAX_MULTIFD_CHANNELS
+            || self.multifd_channels > self.multifd_channels_max
+        {
+            return bad("multifd_channels_max must be 0 to 16, and multifd_channels no more than it");
         }
         if self.budgets.stream_memory_multiple == 0 || self.concurrent_migrations == 0 {
             return bad("budgets.stream_memory_multiple and concurrent_migrations must be at least 1");
@@ -184,5 +205,10 @@ mod tests {
         check("trust_domain = \"A B\"", Err("trust_domain"));
         check("join_token_minutes = 0", Err("join_token_minutes"));
         check("name = \"Bad Name\"", Err("name"));
+        check("multifd_channels = 4", Ok(()));
+        check("multifd_channels_max = 17", Err("multifd_channels_max"));
+        check("multifd_channels = 4\nmultifd_channels_max = 2", Err("multifd_channels_max"));
+        check("inspection_profile = \"strict+report-unvouched\"", Ok(()));
+        check("inspection_profile = \"lax\"", Err("\"lax\" is no inspection profile"));
     }
 }

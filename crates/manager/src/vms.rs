@@ -6,18 +6,21 @@ use crate::http::Caller;
 use crate::migration::gates::unexpected;
 use crate::migration::handover;
 use crate::migration::request::{require_host, state_text, unknown_vm};
-use api::fleet::{RunningVm, StartVm, StopVm, VmEvent, reply, to_host};
-use api::http::VmView;
+use api::fleet::{InspectVm, RunningVm, StartVm, StopVm, VmEvent, reply, to_host};
+use api::http::{VmInspection, VmView};
 use registry::{Enrolment, Location, Tx, VmRow};
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
 use types::inventory::Inventory;
+use types::layout::{Catalogue, MAX_CATALOGUE_BYTES};
 use types::vm::{VmSpec, VmState};
 use types::{Epoch, ErrorCode, HostName, Name, Problem, VmId};
 
 /// Starting a VM checks digests of its files and allocates its memory.
 const START_LIMIT: Duration = Duration::from_secs(60);
+/// The host may have to make the catalogue first: a dry run has 20 s.
+const INSPECT_LIMIT: Duration = Duration::from_secs(25);
 /// Stopping ends a process.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// Enough for every guest that fits a machine.
@@ -295,6 +298,48 @@ pub(crate) async fn view(tx: &mut Tx, row: VmRow) -> Result<VmView, Problem> {
         inventory: row.inventory,
         spec: row.spec,
     })
+}
+
+/// What a VM's stream is compared with: the record, and what the QEMU of the host that runs it makes of its devices.
+///
+/// # Errors
+/// It was never enrolled.
+pub(crate) async fn inspect(manager: &Manager, name: &Name) -> Result<VmInspection, Problem> {
+    let mut tx = manager.registry.read("inspect a VM").await?;
+    let row = tx.vm_named(name).await?.ok_or_else(|| unknown_vm(name))?;
+    drop(tx);
+    let inventory = row.inventory.ok_or_else(|| {
+        Problem::new(ErrorCode::VmNotRunning, format!("VM {name} was never started, so it is not enrolled"))
+            .hint(format!("start it: outrider vm start {name} --on HOST"))
+    })?;
+    let asked = match &row.host {
+        Some(host) => catalogue_of(manager, host, row.spec.uuid).await,
+        None => Err(Problem::new(
+            ErrorCode::VmNotRunning,
+            "it runs on no host whose QEMU could describe its devices",
+        )),
+    };
+    let (catalogue, catalogue_missing) = match asked {
+        Ok(catalogue) => (Some(catalogue), None),
+        Err(problem) => (None, Some(problem.detail)),
+    };
+    let enrolment = types::inventory::Enrolment { inventory, catalogue };
+    Ok(VmInspection { vm: name.clone(), host: row.host, enrolment, catalogue_missing })
+}
+
+async fn catalogue_of(manager: &Manager, host: &HostName, vm: VmId) -> Result<Catalogue, Problem> {
+    let session = manager.fleet.require(host)?;
+    let order = to_host::Body::InspectVm(InspectVm { vm: vm.to_string() });
+    let inspected = match session.order(order, INSPECT_LIMIT).await? {
+        reply::Result::Inspected(inspected) => inspected,
+        other => return Err(unexpected(host, "inspect-vm", &other)),
+    };
+    let bad = |detail: &str| Problem::new(ErrorCode::HypervisorFailed, format!("host {host}: {detail}"));
+    if inspected.catalogue_json.len() > MAX_CATALOGUE_BYTES {
+        return Err(bad("the catalogue is longer than any real one"));
+    }
+    serde_json::from_str(&inspected.catalogue_json)
+        .map_err(|e| bad(&format!("the catalogue cannot be read: {e}")))
 }
 
 /// A host says that one of its VMs changed. While a migration is open, its statements say what counts.

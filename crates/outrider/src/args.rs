@@ -10,7 +10,7 @@ use types::{HostName, Name};
 const EXIT_CODES: &str = "\
 Exit codes:
   0    done
-  1    a check answered no (audit verify, doctor)
+  1    a check answered no (inspect, audit verify, doctor)
   2    usage: bad argument, bad file, unknown name
   3    refused: authentication, policy, load, limit
   4    failed
@@ -62,6 +62,8 @@ pub(crate) enum Command {
     /// Read and verify the audit log
     #[command(subcommand)]
     Audit(AuditCommand),
+    /// Judge a recorded migration stream as a target would; exit code 1 when it is rejected
+    Inspect(Inspect),
     /// Check whether this machine is ready, and say what to do where it is not
     Doctor(Doctor),
     /// Print a completion script for a shell
@@ -271,6 +273,8 @@ pub(crate) enum VmCommand {
     List(ListVms),
     /// Show one VM
     Show(OneVm),
+    /// Show what a VM's stream is compared with: memory, firmware, devices, and what vouches for each device
+    Inspect(InspectVm),
     /// Start a VM on a host
     Start(StartVm),
     /// Stop a VM; its record stays
@@ -300,6 +304,17 @@ pub(crate) struct OneVm {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct InspectVm {
+    /// The VM
+    pub(crate) vm: Name,
+    /// Write the enrolment document here, as `inspect --vm` reads it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct StartVm {
     /// The VM
     pub(crate) vm: Name,
@@ -323,11 +338,35 @@ pub(crate) struct Migrate {
     /// Where you believe it runs; refused when wrong
     #[arg(long, value_name = "HOST")]
     pub(crate) from: Option<HostName>,
+    /// Multifd channels for the memory, beside the main one [default: the manager's, 0 if not configured]
+    #[arg(long, value_name = "N")]
+    pub(crate) channels: Option<u16>,
+    /// Compress the memory on those channels
+    #[arg(long, value_name = "METHOD", requires = "channels")]
+    pub(crate) compression: Option<Compression>,
     /// Print the migration's id and do not wait
     #[arg(long)]
     pub(crate) detach: bool,
     #[command(flatten)]
     pub(crate) connection: Connection,
+}
+
+/// What QEMU compresses pages with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Compression {
+    /// Deflate
+    Zlib,
+    /// Zstandard
+    Zstd,
+}
+
+impl Compression {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Zlib => "zlib",
+            Self::Zstd => "zstd",
+        }
+    }
 }
 
 const REFERENCE: &str = "ID may be shortened to a unique prefix. A VM's name means its open migration.";
@@ -423,6 +462,48 @@ pub(crate) struct ListAudit {
     pub(crate) limit: usize,
     #[command(flatten)]
     pub(crate) connection: Connection,
+}
+
+const INSPECT: &str = "\
+Recordings are the bytes of one connection in one direction, plain, .gz or .xz. Without --vm a stream is held to its
+own word: its grammar, its completeness, and one possible reading of its device state. With --vm it is compared with
+what was enrolled. To enrol, record a fresh VM: QEMU with -S, then `migrate file:FILE` in its monitor.
+
+Exit codes: 0 accepted, 1 rejected, 2 usage";
+
+#[derive(Debug, Args)]
+#[command(after_help = INSPECT)]
+pub(crate) struct Inspect {
+    /// The main channel
+    #[arg(value_name = "MAIN")]
+    pub(crate) main: PathBuf,
+    /// The multifd channels, in any order
+    #[arg(value_name = "CHANNEL", conflicts_with = "learn")]
+    pub(crate) channels: Vec<PathBuf>,
+    /// The other direction of the main channel
+    #[arg(long, value_name = "FILE", conflicts_with = "learn")]
+    pub(crate) return_path: Option<PathBuf>,
+    /// What the VM must look like: from --learn, or from `outrider vm inspect --save`
+    #[arg(long, value_name = "INVENTORY", conflicts_with = "learn")]
+    pub(crate) vm: Option<PathBuf>,
+    /// Print the inventory that the recording shows, for --vm
+    #[arg(long)]
+    pub(crate) learn: bool,
+    /// Which QEMU the recording is of, for --learn
+    #[arg(long, value_name = "NAME", default_value = "unknown")]
+    pub(crate) hypervisor: String,
+    /// What the same QEMU's `-machine TYPE -dump-vmstate FILE` wrote: lets --learn know what a fresh VM does not show
+    #[arg(long, value_name = "FILE", requires = "learn")]
+    pub(crate) dump_vmstate: Option<PathBuf>,
+    /// How pages are packed on the multifd channels
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub(crate) compression: Option<Compression>,
+    /// Reject a stream without a return path, as a migration would be
+    #[arg(long)]
+    pub(crate) require_return_path: bool,
+    /// Let devices through that the inventory's catalogue cannot vouch for
+    #[arg(long)]
+    pub(crate) report_unvouched: bool,
 }
 
 #[derive(Debug, Args)]

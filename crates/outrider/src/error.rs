@@ -46,6 +46,14 @@ pub(crate) enum InputError {
         /// Why not.
         source: std::io::Error,
     },
+    /// Not writable.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// Longer than any honest file of its kind.
     #[error("{} is larger than {limit_bytes} bytes", path.display())]
     TooLarge {

@@ -10,6 +10,7 @@ mod commands;
 mod config;
 mod doctor;
 mod error;
+mod inspect;
 mod migration_ref;
 mod output;
 mod size;

@@ -12,7 +12,7 @@ const ID: &str = "m-6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c6c";
 fn migration(state: &str) -> Value {
     json!({
         "id": ID, "vm": "web-1", "source": "host-a", "target": "host-b", "state": state, "suspended": false,
-        "mode": "precopy", "requested_by": "admin", "requested_at": "2026-11-23T14:02:11Z", "ended_at": null,
+        "mode": "precopy", "multifd_channels": 0, "compression": "", "requested_by": "admin", "requested_at": "2026-11-23T14:02:11Z", "ended_at": null,
         "vm_runs_on": "host-a", "awaiting": "the end of the memory transfer",
         "next": {"act": "give up", "at": "2026-11-23T14:07:11Z"}, "attestation": "unattested", "problem": null,
         "downtime_ms": null, "total_ms": null, "request_to_running_ms": null, "time_to_responsiveness_ms": null,
@@ -141,6 +141,31 @@ fn missing_settings_are_named() {
 }
 
 #[test]
+fn vm_inspect_shows_and_saves_the_enrolment() {
+    let enrolment = json!({"inventory": {"machine": "pc-q35-10.0", "page_size_bytes": 4096,
+        "hypervisor": "qemu/10.0.2", "ram_blocks": [{"name": "pc.ram", "length_bytes": 1 << 26}],
+        "devices": [{"name": "timer", "instance": 0, "version": 2}]}, "catalogue": null});
+    let answer =
+        json!({"vm": "web-1", "host": null, "enrolment": enrolment, "catalogue_missing": "it is off"});
+    let manager = FakeManager::start(move |_, _| Reply::ok(&answer));
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("vm.json");
+    let arguments = ["vm", "inspect", "web-1", "--save", file.to_str().unwrap()];
+    let ended = run(manager.outrider(), &arguments);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert!(ended.stdout.contains("timer") && ended.stdout.contains("it is off"), "{}", ended.stdout);
+    assert_eq!(manager.asked()[0].line, "GET /v1/vms/web-1/inspection");
+    let saved: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!(saved, enrolment);
+    let shown = run(manager.outrider(), &["vm", "inspect", "web-1", "--output", "json"]);
+    let shown: Value = serde_json::from_str(&shown.stdout).unwrap();
+    assert_eq!(shown["enrolment"], enrolment);
+    let nowhere = run(manager.outrider(), &["vm", "inspect", "web-1", "--save", "/no/such/folder/vm.json"]);
+    assert_eq!(nowhere.code, 2, "{}", nowhere.stderr);
+    assert!(nowhere.stderr.contains("cannot write /no/such/folder/vm.json"), "{}", nowhere.stderr);
+}
+
+#[test]
 fn the_token_goes_with_every_request() {
     let manager = FakeManager::start(|_, _| Reply::ok("[]"));
     assert_eq!(
@@ -234,12 +259,26 @@ fn migrate_watches_to_the_end_and_reports() {
         (&sent["vm"], &sent["target"], &sent["source"]),
         (&json!("web-1"), &json!("host-b"), &json!("host-a"))
     );
+    assert!(sent.get("channels").is_none() && sent.get("compression").is_none(), "the manager's default");
     assert_eq!(sent["nonce"].as_str().unwrap().len(), 32);
     assert!(sent["timestamp_unix_ms"].as_u64().unwrap() > 1_700_000_000_000);
 
     let manager = one_migration(done.clone());
     let ended = run(manager.outrider(), &["migrate", "web-1", "--to", "host-b", "--output", "json"]);
     assert_eq!((ended.code, ended.json()), (0, done));
+}
+
+#[test]
+fn channels_are_asked_for_and_shown() {
+    let mut done = migration("completed");
+    (done["multifd_channels"], done["compression"]) = (json!(4), json!("zstd"));
+    let manager = one_migration(done);
+    let asked = ["migrate", "web-1", "--to", "host-b", "--channels", "4", "--compression", "zstd"];
+    let ended = run(manager.outrider(), &asked);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert!(ended.stdout.contains("4 channels beside the main one, zstd"), "{}", ended.stdout);
+    let sent: Value = serde_json::from_str(&manager.asked()[0].body).unwrap();
+    assert_eq!((&sent["channels"], &sent["compression"]), (&json!(4), &json!("zstd")));
 }
 
 #[test]

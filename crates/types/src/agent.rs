@@ -22,6 +22,9 @@ pub enum Descriptor {
     /// Target, before the peer: the stream socket of a scanner that has its rules, where the permit's profile asks for
     /// signatures.
     Scanner,
+    /// Target, before [`ToAgent::Arm`]: a file in memory that holds the catalogue of the VM's devices
+    /// ([`crate::layout::Catalogue`], JSON, at most [`crate::layout::MAX_CATALOGUE_BYTES`]).
+    Catalogue,
 }
 
 /// Daemon to agent.
@@ -97,10 +100,18 @@ pub enum FromAgent {
         /// Why.
         detail: String,
     },
-    /// The channel to the other agent stands.
+    /// The channel to the other agent stands: every connection that the permit asks for.
     Connected {
         /// Facts of the channel.
         channel: ChannelView,
+    },
+    /// Target, with more than one channel: the first bytes for QEMU on this channel are there. QEMU looks at them as
+    /// soon as it takes the connection and does nothing else until they come, so that it is connected only now; and
+    /// it takes its first connection for the main one, so that this is asked for 0 first, and for the others once
+    /// that one's first bytes are with QEMU. Answered by [`ToAgent::Attach`].
+    HypervisorWanted {
+        /// The channel.
+        channel: u16,
     },
     /// Counters, at least once a second: also the heartbeat.
     Progress {

@@ -108,8 +108,30 @@ pub struct AbortReason {
 pub struct StreamEvidence {
     /// Bytes of QEMU's stream, over all channels.
     pub stream_bytes: u64,
-    /// BLAKE3 over the stream (main channel first, then the others by number).
+    /// BLAKE3 over the stream; of several channels see [`Self::of_channels`].
     pub digest: Digest,
+}
+
+impl StreamEvidence {
+    /// The evidence of a stream on several channels, given by number (0, the main one, first).
+    ///
+    /// One channel is its own evidence. Of more, the bytes are the sum, and the digest is BLAKE3 over channel number
+    /// (`u16`), bytes (`u64`) and digest of each, big-endian, one after the other.
+    #[must_use]
+    pub fn of_channels(channels: &[Self]) -> Self {
+        if let [only] = channels {
+            return *only;
+        }
+        let mut hasher = blake3::Hasher::new();
+        let mut stream_bytes = 0u64;
+        for (number, channel) in (0u16..).zip(channels) {
+            hasher.update(&number.to_be_bytes());
+            hasher.update(&channel.stream_bytes.to_be_bytes());
+            hasher.update(&channel.digest.0);
+            stream_bytes = stream_bytes.saturating_add(channel.stream_bytes);
+        }
+        Self { stream_bytes, digest: Digest(*hasher.finalize().as_bytes()) }
+    }
 }
 
 /// A statement that a daemon (or the manager) signs; see `permit::statement` for the encoding. Each covers the

@@ -1,5 +1,7 @@
 //! What a VM's stream must look like: enrolled from the VM's own QEMU, compared by the inspector.
 
+use crate::handover::Digest;
+use crate::layout::Catalogue;
 use serde::{Deserialize, Serialize};
 
 /// A VM's inventory as its record holds it.
@@ -20,6 +22,17 @@ pub struct Inventory {
     pub hypervisor: String,
 }
 
+/// A VM's enrolment as one document: what `vm inspect --save` and `inspect --learn` write, and `inspect --vm` reads.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Enrolment {
+    /// What its stream must look like.
+    pub inventory: Inventory,
+    /// What the QEMU of the host that runs it makes of its devices; nothing when that host could not say.
+    #[serde(default)]
+    pub catalogue: Option<Catalogue>,
+}
+
 /// One RAM block.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -28,6 +41,9 @@ pub struct RamBlock {
     pub name: String,
     /// Used length in bytes.
     pub length_bytes: u64,
+    /// BLAKE3 of its content, for firmware that never changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<Digest>,
 }
 
 /// One device section.

@@ -9,6 +9,7 @@ pub mod handover;
 pub mod host;
 pub mod id;
 pub mod inventory;
+pub mod layout;
 pub mod migration;
 pub mod permit;
 pub mod profile;

@@ -87,6 +87,12 @@ pub struct MigrationView {
     pub suspended: bool,
     /// `precopy`.
     pub mode: String,
+    /// Multifd channels beside the main one.
+    #[serde(default)]
+    pub multifd_channels: u16,
+    /// On those channels; empty is none.
+    #[serde(default)]
+    pub compression: String,
     /// Who asked: operator or token name, and address.
     pub requested_by: String,
     /// RFC 3339.

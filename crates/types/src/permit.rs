@@ -4,6 +4,9 @@ use crate::handover::{Digest, HandoverKey, Side};
 use crate::id::{HostName, Nonce};
 use serde::{Deserialize, Serialize};
 
+/// Most multifd channels of a permit: a VM agent's memory is bounded, and nobody gains from more.
+pub const MAX_MULTIFD_CHANNELS: u16 = 16;
+
 /// The claims of a permit: the manager's signed, single-use permission for exactly one migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -68,6 +71,38 @@ pub struct StreamFeatures {
     pub compression: String,
     /// Names of storage exports, none by default.
     pub storage_exports: Vec<String>,
+}
+
+impl StreamFeatures {
+    /// Connections between the two hosts, and between each VM agent and its QEMU: the main one and the multifd channels.
+    #[must_use]
+    pub fn connections(&self) -> u16 {
+        self.multifd_channels.saturating_add(1)
+    }
+
+    /// QEMU's name for the compression.
+    #[must_use]
+    pub fn multifd_compression(&self) -> &str {
+        if self.compression.is_empty() { "none" } else { &self.compression }
+    }
+
+    /// Whether multifd channels and compression are ones that exist.
+    ///
+    /// # Errors
+    /// What is wrong with them, in words.
+    pub fn check_channels(&self) -> Result<(), String> {
+        if self.multifd_channels > MAX_MULTIFD_CHANNELS {
+            let asked = self.multifd_channels;
+            return Err(format!("{asked} channels were asked for, {MAX_MULTIFD_CHANNELS} are possible"));
+        }
+        match (self.compression.as_str(), self.multifd_channels) {
+            ("", _) | ("zlib" | "zstd", 1..) => Ok(()),
+            ("zlib" | "zstd", 0) => {
+                Err("compression needs at least one channel beside the main one".to_owned())
+            }
+            (other, _) => Err(format!("the compression {other:?} is unknown: it is zlib or zstd")),
+        }
+    }
 }
 
 impl PermitClaims {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use types::inventory::RamBlock;
 
 fn inventory() -> Inventory {
-    let ram = RamBlock { name: "pc.ram".to_owned(), length_bytes: 4 << 30 };
+    let ram = RamBlock { name: "pc.ram".to_owned(), length_bytes: 4 << 30, content: None };
     Inventory { machine: "pc-q35-10.0".to_owned(), ram_blocks: vec![ram], ..Inventory::default() }
 }
 

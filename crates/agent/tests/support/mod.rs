@@ -89,7 +89,11 @@ impl Agent {
     }
 
     pub fn attach(&self, descriptor: Descriptor, fd: impl AsFd) {
-        let packet = wire::packet::encode(&ToAgent::Attach { channel: 0, descriptor }).unwrap();
+        self.attach_lane(0, descriptor, fd);
+    }
+
+    pub fn attach_lane(&self, channel: u16, descriptor: Descriptor, fd: impl AsFd) {
+        let packet = wire::packet::encode(&ToAgent::Attach { channel, descriptor }).unwrap();
         let fds = [fd.as_fd()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -125,7 +129,16 @@ impl Agent {
 
     /// The first message that is wanted.
     pub fn wait(&mut self, wanted: impl Fn(&FromAgent) -> bool) -> FromAgent {
-        let deadline = Instant::now() + PATIENCE;
+        self.wait_for(PATIENCE, wanted)
+    }
+
+    /// The same where hundreds of megabytes have to pass first.
+    pub fn wait_long(&mut self, wanted: impl Fn(&FromAgent) -> bool) -> FromAgent {
+        self.wait_for(20 * PATIENCE, wanted)
+    }
+
+    fn wait_for(&mut self, patience: Duration, wanted: impl Fn(&FromAgent) -> bool) -> FromAgent {
+        let deadline = Instant::now() + patience;
         loop {
             match self.next(deadline.saturating_duration_since(Instant::now())) {
                 Some(message) if wanted(&message) => return message,
@@ -157,6 +170,11 @@ impl Agent {
             assert!(Instant::now() < deadline, "the {} agent did not end", self.side);
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Whether the process is gone.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.try_wait().unwrap().is_some()
     }
 
     /// The daemon dies.
@@ -217,7 +235,7 @@ pub fn claims(source: &[u8], target: &[u8]) -> PermitClaims {
         duration_budget_ms: 120_000,
         downtime_budget_ms: 5_000,
         features: StreamFeatures::default(),
-        inspection_profile: "strict".to_owned(),
+        inspection_profile: "strict+report-unvouched".to_owned(),
         compatibility: "qemu/test".to_owned(),
     }
 }
@@ -247,8 +265,8 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Agents with a permit, connected to each other, not yet to any QEMU.
-    pub fn connect(inventory: &Inventory, adjust: impl Fn(&mut PermitClaims)) -> Self {
+    /// Agents with a permit, not connected to anything yet.
+    pub fn armed(inventory: &Inventory, adjust: impl Fn(&mut PermitClaims)) -> Self {
         let mut source = Agent::start(Side::Source, migration());
         let mut target = Agent::start(Side::Target, migration());
         let mut claims = claims(&source.spki, &target.spki);
@@ -258,13 +276,19 @@ impl Pair {
             agent.arm(&permit, inventory);
             agent.wait(|m| matches!(m, FromAgent::Armed));
         }
+        Self { source, target, from_qemu: None, to_qemu: None }
+    }
+
+    /// Agents with a permit, connected to each other, not yet to any QEMU.
+    pub fn connect(inventory: &Inventory, adjust: impl Fn(&mut PermitClaims)) -> Self {
+        let mut pair = Self::armed(inventory, adjust);
         let (dialled, accepted) = tcp();
-        target.attach(Descriptor::Peer, &accepted);
-        source.attach(Descriptor::Peer, &dialled);
-        for agent in [&mut source, &mut target] {
+        pair.target.attach(Descriptor::Peer, &accepted);
+        pair.source.attach(Descriptor::Peer, &dialled);
+        for agent in [&mut pair.source, &mut pair.target] {
             agent.wait(|m| matches!(m, FromAgent::Connected { .. }));
         }
-        Self { source, target, from_qemu: None, to_qemu: None }
+        pair
     }
 
     /// The same, with the test as QEMU on both sides.

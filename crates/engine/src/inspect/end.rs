@@ -1,6 +1,8 @@
 //! The source's view of the end of the stream: the same parser without a record to compare with.
 
+use types::inventory::Inventory;
 use wire::qemu::device::DescriptionScanner;
+use wire::qemu::multifd::Style;
 use wire::qemu::{Event, Parser, ParserOptions, Violation};
 
 /// Finds the last byte of a stream: with QEMU's final acknowledgement held back, the source never half-closes, so
@@ -20,11 +22,16 @@ pub struct EndDetector {
 }
 
 impl EndDetector {
-    /// A detector that keeps at most `max_held_bytes` of device state.
+    /// A detector that keeps at most `max_held_bytes` of device state; `multifd` says whether pages go elsewhere.
     #[must_use]
-    pub fn new(page_size_bytes: u32, max_held_bytes: usize) -> Self {
+    pub fn new(inventory: &Inventory, max_held_bytes: usize, multifd: bool) -> Self {
+        let options = ParserOptions {
+            page_size_bytes: inventory.page_size_bytes,
+            multifd_markers: multifd.then(|| Style::of_machine(&inventory.machine).markers()),
+            ..ParserOptions::default()
+        };
         Self {
-            parser: Parser::new(ParserOptions { page_size_bytes, return_path_required: true }),
+            parser: Parser::new(options),
             held: Vec::new(),
             begin: None,
             scanner: DescriptionScanner::default(),

@@ -79,7 +79,8 @@ pub fn record(machine: &str, memory_mib: u32) -> Option<Vec<u8>> {
         .ok()?;
     let mut to_qemu = qemu.stdin.take().unwrap();
     let mut lines = BufReader::new(qemu.stdout.take().unwrap()).lines();
-    let uri = format!("exec:cat > {}", file.display());
+    // QEMU may say that it is done before `cat` is: the name appears when the file is whole.
+    let uri = format!("exec:cat > {0}.part && mv {0}.part {0}", file.display());
     let migrate = serde_json::json!({"execute": "migrate", "arguments": {"uri": uri}, "id": 2});
     writeln!(to_qemu, r#"{{"execute":"qmp_capabilities","id":0}}"#).unwrap();
     let events = r#"{"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"events","state":true}]},"id":1}"#;
@@ -92,6 +93,11 @@ pub fn record(machine: &str, memory_mib: u32) -> Option<Vec<u8>> {
     lines.for_each(drop);
     qemu.wait().unwrap();
     assert!(done.is_some_and(|line| line.contains("completed")), "QEMU could not record its stream");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while !file.exists() {
+        assert!(std::time::Instant::now() < deadline, "QEMU's stream was never written");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
     Some(std::fs::read(&file).unwrap())
 }
 
@@ -203,7 +209,8 @@ pub struct Marks {
 impl Marks {
     pub fn of(stream: &[u8]) -> Self {
         let mut marks = Self::default();
-        let mut parser = Parser::new(ParserOptions { page_size_bytes: 4096, return_path_required: false });
+        let mut parser =
+            Parser::new(ParserOptions { return_path_required: false, ..ParserOptions::default() });
         let mut parts = Vec::new();
         parser
             .feed(stream, &mut |at: u64, event: Event<'_>| {

@@ -9,6 +9,7 @@ use engine::handover::{QemuFacts, source, target};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use types::handover::PriorRunState;
+use types::permit::StreamFeatures;
 use types::{MigrationId, Nonce};
 
 /// Guests' TCP peers do not notice; QEMU's own default.
@@ -25,11 +26,28 @@ const ENDED_POLL: Duration = Duration::from_millis(3);
 ///
 /// # Errors
 /// QEMU lacks one, or does not answer.
-pub async fn configure_source(qmp: &Qmp) -> Result<(), QmpError> {
-    set_capabilities(qmp, &[("events", true), ("return-path", true), ("pause-before-switchover", false)])
-        .await?;
+pub async fn configure_source(qmp: &Qmp, features: &StreamFeatures) -> Result<(), QmpError> {
+    let capabilities = [("events", true), ("return-path", true), ("pause-before-switchover", false)];
+    set_capabilities(qmp, &capabilities).await?;
+    set_multifd(qmp, features).await?;
     let parameters =
         json!({"max-bandwidth": BANDWIDTH_BYTES_PER_SECOND, "downtime-limit": DOWNTIME_LIMIT_MS});
+    qmp.execute("migrate-set-parameters", parameters).await.map(|_| ())
+}
+
+/// What the permit says of multifd channels. Always said, also when there are none: an earlier attempt may have left
+/// others. The capability comes first: some versions refuse the parameters without it.
+async fn set_multifd(qmp: &Qmp, features: &StreamFeatures) -> Result<(), QmpError> {
+    let channels = features.multifd_channels;
+    set_capabilities(qmp, &[("multifd", channels > 0)]).await?;
+    if channels == 0 {
+        return Ok(());
+    }
+    // The levels are QEMU's defaults; a higher one would need larger windows in the target's agent.
+    let parameters = json!({
+        "multifd-channels": channels, "multifd-compression": features.multifd_compression(),
+        "multifd-zlib-level": 1, "multifd-zstd-level": 1,
+    });
     qmp.execute("migrate-set-parameters", parameters).await.map(|_| ())
 }
 
@@ -38,8 +56,9 @@ pub async fn configure_source(qmp: &Qmp) -> Result<(), QmpError> {
 ///
 /// # Errors
 /// QEMU lacks one, or does not answer.
-pub async fn configure_target(qmp: &Qmp, socket: &str) -> Result<(), QmpError> {
+pub async fn configure_target(qmp: &Qmp, socket: &str, features: &StreamFeatures) -> Result<(), QmpError> {
     set_capabilities(qmp, &[("events", true), ("return-path", true), ("late-block-activate", true)]).await?;
+    set_multifd(qmp, features).await?;
     let uri = format!("unix:{socket}");
     match qmp.execute("migrate-incoming", json!({"uri": uri, "exit-on-error": false})).await {
         Err(QmpError::Refused { description, .. }) if description.contains("exit-on-error") => {

@@ -9,6 +9,7 @@
 
 pub mod attempt;
 pub mod hypervisor;
+mod incoming;
 mod link;
 pub mod registry;
 pub mod source;

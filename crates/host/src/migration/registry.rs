@@ -19,6 +19,8 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::{mpsc, oneshot, watch};
 use types::handover::{AbortReason, HandoverKey, PriorRunState, RenounceRequest, Side, Statement};
 use types::inventory::Inventory;
+use types::permit::StreamFeatures;
+use types::profile::{InspectionProfile, UnknownProfile};
 use types::vm::VmSpec;
 use types::{ErrorCode, MigrationId, Problem, VmId};
 
@@ -58,6 +60,15 @@ pub struct PrepareOrder {
     pub source_address: IpAddr,
     /// As the manager knows it; the permit's must be the same.
     pub source_daemon_key: Vec<u8>,
+}
+
+/// A target whose permit is consumed.
+struct Admitted {
+    machine: Target,
+    effects: Vec<engine::handover::target::Effect>,
+    features: StreamFeatures,
+    /// How the stream is inspected; or why it will fail, when that is known.
+    profile: Result<InspectionProfile, Problem>,
 }
 
 /// `StartSource`, parsed.
@@ -222,7 +233,7 @@ impl Migrations {
         let agent = self.daemon.take_agent(order.migration, Side::Target);
         let (sender, prepared) = watch::channel(None);
         match self.admit_target(&order) {
-            Ok((machine, effects, doomed)) => {
+            Ok(Admitted { machine, effects, features, profile }) => {
                 let (vm, mirror) = (machine.attempt().key.vm, Mirror::default());
                 let (reply, answered) = oneshot::channel();
                 let setup = target::Setup {
@@ -230,8 +241,9 @@ impl Migrations {
                     permit: hex::encode(&order.permit),
                     spec: order.spec,
                     inventory: order.inventory,
+                    features,
                     source_address: order.source_address,
-                    doomed,
+                    profile,
                     prepared: reply,
                 };
                 bridge(answered, sender);
@@ -263,11 +275,7 @@ impl Migrations {
     }
 
     /// Everything that must hold before the permit is consumed, and what dooms the attempt although it is.
-    #[allow(clippy::type_complexity)]
-    fn admit_target(
-        &self,
-        order: &PrepareOrder,
-    ) -> Result<(Target, Vec<engine::handover::target::Effect>, Option<Problem>), Problem> {
+    fn admit_target(&self, order: &PrepareOrder) -> Result<Admitted, Problem> {
         let daemon = &self.daemon;
         let permit = verify(daemon, &order.permit, Side::Target, order.migration)?;
         let own_journal = lock(&daemon.journal).id();
@@ -279,14 +287,19 @@ impl Migrations {
             return Err(PermitRefusal::Replayed.problem());
         }
         AttemptFile::new(&permit, None).save(daemon).map_err(|e| e.problem())?;
-        let doomed = self.dooms_target(&permit, order).err();
+        let profile = self.dooms_target(&permit, order);
         let mut store = lock(&daemon.journal);
         let (machine, effects) = Target::prepare(attempt(&permit), &mut store.ledger)
             .map_err(|_| PermitRefusal::Replayed.problem())?;
-        Ok((machine, effects, doomed))
+        Ok(Admitted { machine, effects, features: permit.claims().features.clone(), profile })
     }
 
-    fn dooms_target(&self, permit: &VerifiedPermit, order: &PrepareOrder) -> Result<(), Problem> {
+    /// What is known to fail already; else how the permit wants the stream inspected.
+    fn dooms_target(
+        &self,
+        permit: &VerifiedPermit,
+        order: &PrepareOrder,
+    ) -> Result<InspectionProfile, Problem> {
         let claims = permit.claims();
         permit.expect_vm(&order.spec.uuid, &order.spec.digest()).map_err(|r| r.problem())?;
         if claims.source.daemon_key != order.source_daemon_key {
@@ -295,13 +308,19 @@ impl Migrations {
         if order.inventory.machine.is_empty() || order.inventory.ram_blocks.is_empty() {
             return Err(Problem::new(ErrorCode::BadRequest, "the VM's inventory is empty"));
         }
+        claims.features.check_channels().map_err(|why| refused(&why))?;
         if self.daemon.vms.all().iter().any(|i| i.vm() == claims.key.vm) {
             return Err(Problem::new(
                 ErrorCode::VmAlreadyRunning,
                 "this host holds a copy of the VM already",
             ));
         }
-        Ok(())
+        let profile: InspectionProfile =
+            claims.inspection_profile.parse().map_err(|e: UnknownProfile| refused(&e.to_string()))?;
+        if profile.signatures {
+            self.daemon.scanners.check()?;
+        }
+        Ok(profile)
     }
 
     /// Starts a source. Repeating the order is harmless and is answered the same.
@@ -501,7 +520,6 @@ fn holder(daemon: &Daemon, facts: &QemuFacts) -> Option<Arc<Instance>> {
     daemon.vms.all().into_iter().find(|instance| hypervisor::facts(instance) == *facts)
 }
 
-/// A source between its order and its machine.
 struct StartingSource {
     migrations: Arc<Migrations>,
     permit: VerifiedPermit,
@@ -531,6 +549,7 @@ impl StartingSource {
                     agent,
                     permit: hex::encode(&self.order.permit),
                     inventory: self.order.inventory,
+                    features: self.permit.claims().features.clone(),
                     data_address: self.order.data_address,
                     started: reply,
                 };
@@ -564,6 +583,7 @@ async fn ready_source(
     let key = permit.claims().key;
     let agent = agent.ok_or_else(|| Problem::new(ErrorCode::WrongState, "no VM agent was spawned for it"))?;
     permit.expect_agent_key(Side::Source, &agent.ready.spki).map_err(|r| r.problem())?;
+    permit.claims().features.check_channels().map_err(|why| refused(&why))?;
     let not_running = || Problem::new(ErrorCode::VmNotRunning, "the VM does not run on this host");
     let instance = daemon.vms.running(key.vm).ok_or_else(not_running)?;
     let record = instance.record();

@@ -2,7 +2,7 @@
 
 use super::attempt::AttemptFile;
 use super::hypervisor::{self, RunLog};
-use super::link::{AgentLink, channel_problem, next_of};
+use super::link::{AgentLink, channel_problem, next_of, tell_lost};
 use super::timers::Timers;
 use super::{
     Answer, Control, Crash, Input, Line, Machine, Mirror, PeerAnswer, Work, answer, ms_between, name_of,
@@ -26,6 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use types::agent::{Descriptor, FromAgent, ToAgent};
 use types::handover::{AbortReason, PriorRunState, Statement};
 use types::inventory::Inventory;
+use types::permit::StreamFeatures;
 use types::{Epoch, ErrorCode, MigrationId, Nonce, Problem};
 
 /// The two agents shake hands in milliseconds; the target's may wait for its own daemon.
@@ -46,6 +47,8 @@ pub struct Setup {
     pub permit: String,
     /// What the stream looks like.
     pub inventory: Inventory,
+    /// What the permit lets it use.
+    pub features: StreamFeatures,
     /// The target's data port.
     pub data_address: SocketAddr,
     /// Told how the start went.
@@ -369,6 +372,7 @@ impl SourceShell {
     async fn agent_lost(&mut self, gone: &AgentGone) {
         if let Some(link) = self.agent.take() {
             tracing::warn!(migration = %self.migration(), %gone, "agent");
+            tell_lost(&self.daemon, self.migration(), gone);
             link.agent().end().await;
         }
     }
@@ -486,8 +490,11 @@ impl SourceShell {
     async fn connect_and_migrate(&mut self, setup: &Setup) -> Result<(), Problem> {
         let link = self.agent.insert(AgentLink::new(setup.agent.agent.clone()));
         link.arm(&self.daemon, setup.permit.clone(), setup.inventory.clone()).await?;
-        let peer = channel::connect(self.daemon.migration_address, setup.data_address).await?;
-        link.agent().attach(0, Descriptor::Peer, peer).await.map_err(channel_problem)?;
+        // One after the other: the target numbers them as they come.
+        for channel in 0..setup.features.connections() {
+            let peer = channel::connect(self.daemon.migration_address, setup.data_address).await?;
+            link.agent().attach(channel, Descriptor::Peer, peer).await.map_err(channel_problem)?;
+        }
         let connected = link
             .await_packet(CONNECTED_TIMEOUT, |packet| match packet {
                 FromAgent::Connected { channel } => Some(Ok(channel.clone())),
@@ -500,10 +507,10 @@ impl SourceShell {
             .map_err(channel_problem)??;
         let migration = self.machine.attempt().key.migration;
         self.daemon.event(migration, "connected", serde_json::to_value(&connected).unwrap_or_default());
-        self.migrate().await
+        self.migrate(&setup.features).await
     }
 
-    async fn migrate(&mut self) -> Result<(), Problem> {
+    async fn migrate(&mut self, features: &StreamFeatures) -> Result<(), Problem> {
         let gone = || Problem::new(ErrorCode::HypervisorFailed, "QEMU is gone");
         let failed = |e: crate::qmp::QmpError| Problem::new(ErrorCode::HypervisorFailed, e.to_string());
         let instance = self.instance.clone().ok_or_else(gone)?;
@@ -511,15 +518,18 @@ impl SourceShell {
         // Before `migrate`: not one STOP or RESUME may be missed.
         self.events = Some(monitor.events());
         self.monitor = Some(monitor.clone());
-        hypervisor::configure_source(&monitor).await.map_err(failed)?;
+        hypervisor::configure_source(&monitor, features).await.map_err(failed)?;
         let path = instance.paths().stream;
         let listener = HypervisorListener::bind(&path)?;
         let uri = format!("unix:{}", path.display());
         monitor.execute("migrate", json!({"uri": uri})).await.map_err(failed)?;
-        let stream = listener.accept(instance.process()).await?;
+        // The main connection is the first; QEMU opens the others when that one stands.
+        let streams = listener.accept_all(instance.process(), features.connections()).await;
         crate::folders::remove_file(&path);
         let link = self.agent.as_ref().ok_or_else(gone)?;
-        link.agent().attach(0, Descriptor::Hypervisor, stream).await.map_err(channel_problem)?;
+        for (channel, stream) in (0u16..).zip(streams?) {
+            link.agent().attach(channel, Descriptor::Hypervisor, stream).await.map_err(channel_problem)?;
+        }
         self.watch_progress(&instance);
         Ok(())
     }
@@ -547,7 +557,7 @@ impl SourceShell {
     async fn relay(&mut self, order: &ToAgent, kind: &str) -> Option<Event> {
         let sent = match &self.agent {
             Some(link) => link.agent().send(order).await,
-            None => Err(AgentGone { detail: "there is none".to_owned() }),
+            None => Err(AgentGone::new("there is none")),
         };
         match sent {
             Ok(()) => {

@@ -2,7 +2,8 @@
 
 use super::attempt::AttemptFile;
 use super::hypervisor;
-use super::link::{AgentLink, channel_problem, next_of};
+use super::incoming::Incoming;
+use super::link::{AgentLink, channel_problem, next_of, tell_lost};
 use super::timers::Timers;
 use super::{
     Answer, Control, Crash, Input, Line, Machine, Mirror, PeerAnswer, Work, answer, ms_between, name_of,
@@ -28,6 +29,7 @@ use tokio::sync::{mpsc, oneshot};
 use types::agent::{Descriptor, FromAgent, ToAgent};
 use types::handover::{AbortReason, Statement};
 use types::inventory::Inventory;
+use types::permit::StreamFeatures;
 use types::profile::InspectionProfile;
 use types::vm::VmSpec;
 use types::{ErrorCode, MigrationId, Problem};
@@ -52,10 +54,12 @@ pub struct Setup {
     pub spec: VmSpec,
     /// What its stream looks like.
     pub inventory: Inventory,
+    /// What the permit lets the stream use.
+    pub features: StreamFeatures,
     /// Only this peer may connect.
     pub source_address: IpAddr,
-    /// Why it will fail, when that is known: the permit is consumed all the same.
-    pub doomed: Option<Problem>,
+    /// How the stream is inspected; or why it will fail, when that is known: the permit is consumed all the same.
+    pub profile: Result<InspectionProfile, Problem>,
     /// Told where the source connects to, or why not.
     pub prepared: oneshot::Sender<Result<Prepared, Problem>>,
 }
@@ -84,8 +88,10 @@ pub struct TargetShell {
     mirror: Mirror,
     agent: Option<AgentLink>,
     scanner: Option<Scanner>,
-    hypervisor: Option<OwnedFd>,
+    incoming: Option<Incoming>,
     peer: Option<mpsc::Receiver<std::io::Result<OwnedFd>>>,
+    /// Connections of the source so far.
+    peers: u16,
     strangers: Option<mpsc::Receiver<SocketAddr>>,
     accepting: Option<tokio::task::JoinHandle<()>>,
     server: Option<PeerServer>,
@@ -129,8 +135,9 @@ impl TargetShell {
             mirror,
             agent: None,
             scanner: None,
-            hypervisor: None,
+            incoming: None,
             peer: None,
+            peers: 0,
             strangers: None,
             accepting: None,
             server: None,
@@ -258,6 +265,7 @@ impl TargetShell {
                 work.events.extend(event);
             }
             Happened::Packet(Err(gone)) => {
+                tell_lost(&self.daemon, self.migration(), &gone);
                 self.close_agent().await;
                 work.events.push_back(Event::ChannelLost { detail: gone.to_string() });
             }
@@ -319,10 +327,15 @@ impl TargetShell {
                 let detail = serde_json::to_value(&channel).unwrap_or_default();
                 self.daemon.event(migration, "connected", detail);
                 // Only now may anything reach QEMU: the peer has proved the key that the permit names (I3).
-                let handle = self.hypervisor.take()?;
-                let link = self.agent.as_ref()?;
-                let sent = link.agent().attach(0, Descriptor::Hypervisor, handle).await;
-                sent.err().map(|gone| Event::ChannelLost { detail: gone.to_string() })
+                let handle = self.incoming.as_mut()?.main()?;
+                self.give_hypervisor(0, handle).await
+            }
+            FromAgent::HypervisorWanted { channel } => {
+                let (incoming, instance) = (self.incoming.as_mut()?, self.instance.as_ref()?);
+                match incoming.wanted(channel, instance.process()).await {
+                    Ok(handle) => self.give_hypervisor(channel, handle).await,
+                    Err(problem) => Some(Event::ChannelLost { detail: problem.to_string() }),
+                }
             }
             FromAgent::Accepted { evidence, held_us, wire_bytes } => {
                 let detail = json!({
@@ -352,11 +365,18 @@ impl TargetShell {
         }
     }
 
+    async fn give_hypervisor(&self, channel: u16, handle: OwnedFd) -> Option<Event> {
+        let link = self.agent.as_ref()?;
+        let sent = link.agent().attach(channel, Descriptor::Hypervisor, handle).await;
+        sent.err().map(|gone| Event::ChannelLost { detail: gone.to_string() })
+    }
+
     async fn peer_connected(&mut self, accepted: std::io::Result<OwnedFd>) -> Option<Event> {
-        self.peer = None;
+        let channel = self.peers;
+        self.peers += 1;
         let attached = match (accepted, &self.agent) {
             (Ok(handle), Some(link)) => {
-                link.agent().attach(0, Descriptor::Peer, handle).await.map_err(|e| e.to_string())
+                link.agent().attach(channel, Descriptor::Peer, handle).await.map_err(|e| e.to_string())
             }
             (Ok(_), None) => Err("the VM agent is gone".to_owned()),
             (Err(error), _) => Err(error.to_string()),
@@ -429,10 +449,10 @@ impl TargetShell {
         let Some(mut setup) = self.setup.take() else {
             return Event::PrepareFailed { detail: "this daemon was restarted".to_owned() };
         };
-        let result = match (setup.doomed.take(), paused) {
-            (Some(problem), _) => Err(problem),
-            (None, false) => Err(Problem::new(ErrorCode::Internal, "a target is always started paused")),
-            (None, true) => self.open(&mut setup).await,
+        let result = match (setup.profile.clone(), paused) {
+            (Err(problem), _) => Err(problem),
+            (Ok(_), false) => Err(Problem::new(ErrorCode::Internal, "a target is always started paused")),
+            (Ok(profile), true) => self.open(&mut setup, profile).await,
         };
         match result {
             Ok((prepared, facts)) => {
@@ -452,23 +472,34 @@ impl TargetShell {
     }
 
     /// QEMU paused and waiting, its agent armed, one port open for one address.
-    async fn open(&mut self, setup: &mut Setup) -> Result<(Prepared, engine::handover::QemuFacts), Problem> {
+    async fn open(
+        &mut self,
+        setup: &mut Setup,
+        profile: InspectionProfile,
+    ) -> Result<(Prepared, engine::handover::QemuFacts), Problem> {
         let key = self.machine.attempt().key;
         let idle = setup
             .agent
             .take()
             .ok_or_else(|| Problem::new(ErrorCode::WrongState, "no VM agent was spawned for it"))?;
         let link = self.agent.insert(AgentLink::new(idle.agent));
-        link.arm(&self.daemon, setup.permit.clone(), setup.inventory.clone()).await?;
-        self.attach_scanner().await?;
-        let instance = self.daemon.vms.prepare(&setup.spec, &key, &setup.inventory).await?;
-        self.instance = Some(instance.clone());
+        // QEMU starts while the agent is given what it needs; what was started is ended with the attempt.
+        let (armed, started) = tokio::join!(
+            arm(link, &self.daemon, setup, profile),
+            self.daemon.vms.prepare(&setup.spec, &key, &setup.inventory)
+        );
+        self.instance = started.as_ref().ok().cloned();
+        self.scanner = armed?;
+        let instance = started?;
         let failed = |e: QmpError| Problem::new(ErrorCode::HypervisorFailed, e.to_string());
         let monitor = instance.monitor().await.map_err(failed)?;
         let socket = instance.paths().stream;
-        hypervisor::configure_target(&monitor, &socket.display().to_string()).await.map_err(failed)?;
-        self.hypervisor = Some(channel::connect_hypervisor(&socket, instance.process()).await?);
-        let data_address = self.accept_from(setup.source_address)?;
+        let connections = setup.features.connections();
+        hypervisor::configure_target(&monitor, &socket.display().to_string(), &setup.features)
+            .await
+            .map_err(failed)?;
+        self.incoming = Some(Incoming::of(socket, connections, instance.process()).await?);
+        let data_address = self.accept_from(setup.source_address, connections)?;
         let source = self.machine.attempt().source.clone();
         let server = PeerServer::bind(&self.daemon, &source, None, self.own_inbox.clone()).await?;
         let peer_address = server.address();
@@ -480,29 +511,14 @@ impl TargetShell {
         Ok((Prepared { data_address, peer_address }, hypervisor::facts(&instance)))
     }
 
-    /// A scanner beside the agent, where the permit asks for one: an agent without it takes no peer.
-    async fn attach_scanner(&mut self) -> Result<(), Problem> {
-        let file = AttemptFile::load(&self.daemon, self.migration());
-        let profile = file.and_then(|file| InspectionProfile::of_permit(&file.claims).ok());
-        let (Some(link), true) = (&self.agent, profile.is_some_and(|profile| profile.signatures)) else {
-            return Ok(());
-        };
-        let (scanner, socket, _) = self.daemon.scanners.spawn().await?;
-        self.scanner = Some(scanner);
-        link.agent().attach(0, Descriptor::Scanner, socket).await.map_err(channel_problem)
-    }
-
-    fn accept_from(&mut self, source: IpAddr) -> Result<SocketAddr, Problem> {
+    fn accept_from(&mut self, source: IpAddr, connections: u16) -> Result<SocketAddr, Problem> {
         let (listener, address) = channel::listen(self.daemon.migration_address, self.daemon.data_ports)?;
         let (strangers_sender, strangers) = mpsc::channel(16);
         let (sender, peer) = mpsc::channel(1);
         self.strangers = Some(strangers);
         self.peer = Some(peer);
-        self.accepting = Some(tokio::spawn(async move {
-            let accepted = channel::accept_from(listener, source, strangers_sender).await;
-            // A shell that is gone needs no connection.
-            sender.send(accepted).await.ok();
-        }));
+        let work = channel::accept_from(listener, (source, connections), sender, strangers_sender);
+        self.accepting = Some(tokio::spawn(work));
         Ok(address)
     }
 
@@ -609,7 +625,7 @@ impl TargetShell {
 
     async fn close_agent(&mut self) {
         self.stop_accepting();
-        self.hypervisor = None;
+        self.incoming = None;
         if let Some(setup) = self.setup.as_mut()
             && let Some(idle) = setup.agent.take()
         {
@@ -635,6 +651,45 @@ impl TargetShell {
         self.stop_accepting();
         tracing::info!(migration = %self.migration(), ?outcome, "target done");
     }
+}
+
+/// Has the agent take this host's catalogue of the VM's devices, then the permit, then its scanner where the permit
+/// asks for signatures: an agent without it takes no peer.
+async fn arm(
+    link: &mut AgentLink,
+    daemon: &Daemon,
+    setup: &Setup,
+    profile: InspectionProfile,
+) -> Result<Option<Scanner>, Problem> {
+    // It compiles its rules meanwhile.
+    let (armed, scanner) = tokio::join!(give_permit(link, daemon, setup, profile), async {
+        if profile.signatures { daemon.scanners.spawn().await.map(Some) } else { Ok(None) }
+    });
+    let Some((scanner, socket, _)) = scanner? else { return armed.map(|()| None) };
+    let attached = match armed {
+        Ok(()) => link.agent().attach(0, Descriptor::Scanner, socket).await.map_err(channel_problem),
+        Err(problem) => Err(problem),
+    };
+    if attached.is_err() {
+        scanner.end().await;
+    }
+    attached.map(|()| Some(scanner))
+}
+
+async fn give_permit(
+    link: &mut AgentLink,
+    daemon: &Daemon,
+    setup: &Setup,
+    profile: InspectionProfile,
+) -> Result<(), Problem> {
+    match daemon.vms.shape(&setup.spec, &setup.inventory.machine).await {
+        Ok(shape) => link.agent().attach_catalogue(&shape.catalogue).await?,
+        Err(problem) if profile.report_unvouched => {
+            tracing::warn!(%problem, "the permit lets devices through that nothing vouches for");
+        }
+        Err(problem) => return Err(problem),
+    }
+    link.arm(daemon, setup.permit.clone(), setup.inventory.clone()).await
 }
 
 impl Drop for TargetShell {

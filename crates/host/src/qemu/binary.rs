@@ -16,6 +16,8 @@ pub struct Binary {
     pub path: PathBuf,
     /// As inventories name it, e.g. `qemu/10.0.2`.
     pub hypervisor: String,
+    /// Where it finds its firmware.
+    pub data_folders: Vec<PathBuf>,
     /// When the file was last changed: an upgraded QEMU is asked again.
     changed: Option<SystemTime>,
     machines: BTreeSet<String>,
@@ -44,7 +46,8 @@ impl Binary {
         let hypervisor = format!("qemu/{number}");
         let help = ask(&path, &["-machine", "help"]).await?;
         let (machines, aliases) = parse_machines(&help);
-        Ok(Self { path, changed, hypervisor, machines, aliases })
+        let data_folders = ask(&path, &["-L", "help"]).await?.lines().map(PathBuf::from).collect();
+        Ok(Self { path, changed, hypervisor, data_folders, machines, aliases })
     }
 
     /// The exact machine type that a name means here.

@@ -10,6 +10,10 @@ const NIC_SLOT_FIRST: usize = 0x02;
 const DISK_SLOT_FIRST: usize = 0x0a;
 /// Most interfaces, and most disks: their slots must not meet.
 pub const DEVICES_MAX: usize = 8;
+/// A disk's size is a number in its state; it shapes nothing.
+const DRY_RUN_DISK_BYTES: u64 = 1 << 30;
+/// No QEMU of ours starts programs, nor becomes more than it is.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 /// Threads that touch a target's memory before the transfer; measured, more do not help on small machines.
 const PREALLOC_THREADS: u32 = 2;
 
@@ -24,10 +28,21 @@ pub struct Launch<'a> {
     pub folder: &'a Path,
     /// Its taps, one per interface of the spec.
     pub taps: &'a [String],
-    /// Whether it waits for a migration; its memory is touched beforehand then.
-    pub incoming: bool,
+    /// What it is started for.
+    pub purpose: Purpose,
     /// Whether the serial console is written to a file.
     pub serial_log: bool,
+}
+
+/// What a QEMU is started for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A guest.
+    Run,
+    /// A guest that comes by a migration: it waits, and its memory is touched beforehand.
+    Incoming,
+    /// To be looked at: the same devices, of which none touches anything of the host.
+    DryRun,
 }
 
 /// Sockets and files in the folder of one QEMU.
@@ -73,7 +88,7 @@ pub fn arguments(launch: &Launch<'_>) -> Vec<String> {
     args.pair("-name", format!("guest={},process=qemu-{}", spec.name, short(spec.name.as_str())));
     args.pair("-uuid", spec.uuid.to_string()).pair("-display", "none").pair("-accel", accel);
     args.pair("-machine", format!("{},memory-backend=pc.ram", launch.machine));
-    args.pair("-object", memory(spec, launch.incoming)).pair("-m", format!("{}M", spec.memory_bytes >> 20));
+    args.pair("-object", memory(spec, launch.purpose)).pair("-m", format!("{}M", spec.memory_bytes >> 20));
     args.pair("-cpu", spec.cpu_model.as_str()).pair("-smp", spec.vcpus.to_string());
     for (name, path) in [("mon0", &paths.monitor), ("mon1", &paths.rescue)] {
         args.pair("-chardev", format!("socket,id={name},path={},server=on,wait=off", path.display()));
@@ -82,22 +97,36 @@ pub fn arguments(launch: &Launch<'_>) -> Vec<String> {
     // The device is there whether or not it is logged: the two sides may differ in that.
     args.pair("-chardev", console(&paths.serial, launch.serial_log)).pair("-serial", "chardev:con0");
     boot(&mut args, spec);
-    for (index, (nic, tap)) in spec.nics.iter().zip(launch.taps).enumerate() {
-        interface(&mut args, index, nic, tap);
+    for (index, nic) in spec.nics.iter().enumerate() {
+        args.pair("-netdev", network(index, launch));
+        interface(&mut args, index, nic);
     }
     for (index, disk) in spec.disks.iter().enumerate() {
-        self::disk(&mut args, index, disk);
+        args.pair("-blockdev", image(index, disk, launch.purpose));
+        self::disk(&mut args, index);
     }
-    if launch.incoming {
+    if launch.purpose == Purpose::Incoming {
         args.pair("-incoming", "defer");
     }
-    args.pair("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    args.pair("-sandbox", SANDBOX);
     args.0
 }
 
-fn memory(spec: &VmSpec, incoming: bool) -> String {
-    let touch =
-        if incoming { format!(",prealloc=on,prealloc-threads={PREALLOC_THREADS}") } else { String::new() };
+/// The arguments that make a QEMU write the descriptions of all its devices to a file, and end.
+#[must_use]
+pub fn dump_arguments(machine: &str, file: &Path) -> Vec<String> {
+    let mut args = Args::default();
+    args.flag("-nodefaults").flag("-no-user-config").pair("-machine", machine);
+    args.pair("-dump-vmstate", file.display().to_string()).pair("-sandbox", SANDBOX);
+    args.0
+}
+
+fn memory(spec: &VmSpec, purpose: Purpose) -> String {
+    let touch = if purpose == Purpose::Incoming {
+        format!(",prealloc=on,prealloc-threads={PREALLOC_THREADS}")
+    } else {
+        String::new()
+    };
     format!("memory-backend-ram,id=pc.ram,size={}{touch}", spec.memory_bytes)
 }
 
@@ -117,18 +146,35 @@ fn boot(args: &mut Args, spec: &VmSpec) {
     }
 }
 
-fn interface(args: &mut Args, index: usize, nic: &NicSpec, tap: &str) {
-    args.pair("-netdev", format!("tap,id=net{index},ifname={tap},script=no,downscript=no"));
+/// The host's end of an interface. It shapes no device: what it can do changes feature bits, no layout.
+fn network(index: usize, launch: &Launch<'_>) -> String {
+    if launch.purpose == Purpose::DryRun {
+        return format!("hubport,id=net{index},hubid={index}");
+    }
+    let tap = launch.taps.get(index).map_or("", String::as_str);
+    format!("tap,id=net{index},ifname={tap},script=no,downscript=no")
+}
+
+fn interface(args: &mut Args, index: usize, nic: &NicSpec) {
     let slot = NIC_SLOT_FIRST + index;
     args.pair("-device", format!("virtio-net-pci,netdev=net{index},mac={},romfile=,addr={slot:#x}", nic.mac));
 }
 
-fn disk(args: &mut Args, index: usize, disk: &DiskSpec) {
-    let node = serde_json::json!({
-        "driver": disk.format, "node-name": format!("disk{index}"),
-        "file": {"driver": "file", "filename": disk.path},
-    });
-    args.pair("-blockdev", node.to_string());
+/// What a disk is backed by.
+fn image(index: usize, disk: &DiskSpec, purpose: Purpose) -> String {
+    let name = format!("disk{index}");
+    let node = match purpose {
+        Purpose::DryRun => {
+            serde_json::json!({"driver": "null-co", "node-name": name, "size": DRY_RUN_DISK_BYTES})
+        }
+        Purpose::Run | Purpose::Incoming => serde_json::json!({
+            "driver": disk.format, "node-name": name, "file": {"driver": "file", "filename": disk.path},
+        }),
+    };
+    node.to_string()
+}
+
+fn disk(args: &mut Args, index: usize) {
     let slot = DISK_SLOT_FIRST + index;
     args.pair("-device", format!("virtio-blk-pci,drive=disk{index},id=vd{index},addr={slot:#x}"));
 }
@@ -168,13 +214,13 @@ mod tests {
         .unwrap()
     }
 
-    fn line(incoming: bool, serial_log: bool) -> String {
+    fn line(purpose: Purpose, serial_log: bool) -> String {
         let launch = Launch {
             spec: &spec(),
             machine: "pc-q35-10.0",
             folder: Path::new("/run/o/vm"),
             taps: &["ot0".to_owned()],
-            incoming,
+            purpose,
             serial_log,
         };
         arguments(&launch).join(" ")
@@ -186,8 +232,13 @@ mod tests {
             let words: Vec<_> = line.split(' ').collect();
             words.windows(2).filter(|w| w[0] == "-device").map(|w| w[1].to_owned()).collect::<Vec<_>>()
         };
-        let (source, target) = (line(false, true), line(true, false));
+        let (source, target) = (line(Purpose::Run, true), line(Purpose::Incoming, false));
         assert_eq!(devices(&source), devices(&target));
+        let dry_run = line(Purpose::DryRun, false);
+        assert_eq!(devices(&source), devices(&dry_run));
+        for used in ["ot0", "\"/d\"", "-incoming", "prealloc"] {
+            assert!(!dry_run.contains(used), "{used} in {dry_run}");
+        }
         assert_eq!(devices(&source).len(), 2);
         assert!(target.contains("-incoming defer") && !source.contains("-incoming"));
         assert!(target.contains("prealloc=on") && !source.contains("prealloc"));
@@ -195,7 +246,7 @@ mod tests {
 
     #[test]
     fn every_qemu_starts_paused_sandboxed_and_without_defaults() {
-        for line in [line(false, false), line(true, true)] {
+        for line in [line(Purpose::Run, false), line(Purpose::Incoming, true), line(Purpose::DryRun, false)] {
             for part in [
                 "-S ",
                 "-nodefaults",

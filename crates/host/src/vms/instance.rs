@@ -9,6 +9,7 @@ use crate::process::Process;
 use crate::qemu::command::Paths;
 use crate::qemu::tap;
 use crate::qmp::{Qmp, QmpError};
+use crate::sweep;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,9 +20,6 @@ use types::{Epoch, VmId};
 
 /// QEMU answers its monitor within this, also when it has just been started on a busy machine.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A cgroup can be removed a moment after its last process has ended.
-const CLEAN_TRIES: u32 = 50;
-const CLEAN_PAUSE: Duration = Duration::from_millis(20);
 
 /// A live (or just ended) QEMU.
 #[derive(Debug)]
@@ -182,15 +180,7 @@ impl Instance {
         {
             tracing::warn!(folder = %self.folder.display(), %error, "cannot remove folder");
         }
-        for attempt in 1..=CLEAN_TRIES {
-            match self.group.remove() {
-                Ok(()) => break,
-                Err(error) if attempt == CLEAN_TRIES => {
-                    tracing::warn!(%error, cgroup = self.group.path(), "cannot remove cgroup");
-                }
-                Err(_) => tokio::time::sleep(CLEAN_PAUSE).await,
-            }
-        }
+        sweep::remove_group(&self.group).await;
         remove_file(&record.path(&self.records));
     }
 }

@@ -9,15 +9,16 @@ mod table;
 
 use crate::cgroup::{Group, Hierarchies};
 use crate::error::HostError;
-use crate::folders::{Folders, private_folder};
+use crate::folders::{self, Folders, last_words, private_folder};
 use crate::freezer::{Freezer, FreezerKind};
-use crate::process::{Process, ProcessId, Spawn};
+use crate::process::{Process, Spawn};
 use crate::qemu::binary::Binary;
-use crate::qemu::command::{DEVICES_MAX, Launch, Paths, arguments};
+use crate::qemu::catalogue::{CatalogueError, Catalogues, Shape};
+use crate::qemu::command::{DEVICES_MAX, Launch, Paths, Purpose, arguments};
 use crate::qemu::{inventory, tap};
+use crate::sweep;
 use instance::Instance;
 use record::{Phase, Record};
-use rustix::process::Signal;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
@@ -33,8 +34,6 @@ const START_TIMEOUT: Duration = Duration::from_secs(25);
 const START_POLL: Duration = Duration::from_millis(5);
 /// A polite `quit` gets this long before the kill.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(3);
-/// What of QEMU's own words goes into a problem.
-const LOG_TAIL_BYTES: usize = 600;
 
 /// The VMs of this host.
 #[derive(Debug)]
@@ -45,6 +44,7 @@ pub struct Vms {
     serial_log: bool,
     folders: Folders,
     group: Group,
+    catalogues: Arc<Catalogues>,
     table: SharedTable,
     ended: mpsc::UnboundedSender<Arc<Instance>>,
 }
@@ -79,13 +79,15 @@ impl Vms {
     #[must_use]
     pub fn new(settings: Settings) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Instance>>) {
         let (ended, receiver) = mpsc::unbounded_channel();
+        let group = Hierarchies::detect().group(&settings.cgroup);
         let vms = Self {
+            catalogues: Catalogues::new(&settings.folders, group.clone(), settings.user.clone()),
             qemu: settings.qemu,
             binary: tokio::sync::Mutex::default(),
             user: settings.user,
             serial_log: settings.serial_log,
             folders: settings.folders,
-            group: Hierarchies::detect().group(&settings.cgroup),
+            group,
             table: SharedTable::default(),
             ended,
         };
@@ -141,9 +143,16 @@ impl Vms {
         self.expect_nothing_of(spec.uuid)?;
         let binary = self.check(spec).await?;
         let machine = binary.machine(&spec.machine)?;
-        let record = self.draft(spec, epoch, machine, Phase::Starting);
-        let instance = self.launch(record, &binary).await?;
-        match self.let_go(&instance, epoch, &binary).await {
+        let record = self.draft(spec, epoch, machine.clone(), Phase::Starting);
+        // The dry run goes on while QEMU starts; the guest waits for both.
+        let (launched, shape) =
+            tokio::join!(self.launch(record, &binary), self.checked_shape(spec, &machine, &binary));
+        let instance = launched?;
+        let shape = match shape {
+            Ok(shape) => shape,
+            Err(error) => return Err(self.undo(&instance, error.problem()).await),
+        };
+        match self.let_go(&instance, epoch, &binary, &shape).await {
             Ok(inventory) => Ok(Started { inventory, pid: instance.process().id().pid }),
             Err(error) => Err(self.undo(&instance, error.problem()).await),
         }
@@ -154,16 +163,51 @@ impl Vms {
         instance: &Instance,
         epoch: Epoch,
         binary: &Binary,
+        shape: &Shape,
     ) -> Result<Inventory, HostError> {
         let monitor = instance.monitor().await?;
         let machine = instance.record().machine;
-        let inventory = inventory::learn(&monitor, &machine, &binary.hypervisor).await?;
+        let inventory = inventory::enrol(&monitor, &machine, &binary.hypervisor, shape).await?;
         instance.learned(inventory.clone())?;
         // Running is on record before the guest runs: a crash in between leaves a paused guest that the manager
         // takes for running, never a running one that is ended as half-built.
         instance.change(Phase::Running, epoch)?;
         monitor.execute("cont", json!({})).await?;
         Ok(inventory)
+    }
+
+    /// Reads the QEMU program once, so that no migration waits for that.
+    pub async fn identify(&self, binary: &Binary) {
+        if let Err(error) = self.catalogues.identify(binary).await {
+            tracing::warn!(problem = %error.problem(), "no VM can be started or received here");
+        }
+    }
+
+    /// What this host's QEMU makes of a VM's devices; made now unless it is known.
+    ///
+    /// # Errors
+    /// What is missing or wrong; nothing is left behind.
+    pub async fn shape(&self, spec: &VmSpec, machine: &str) -> Result<Arc<Shape>, Problem> {
+        let binary = self.binary().await?;
+        let machine = binary.machine(machine)?;
+        let key = self.catalogues.key(&binary, &machine, spec).await.map_err(|e| e.problem())?;
+        if let Some(shape) = self.catalogues.known(key).await {
+            return Ok(shape);
+        }
+        // A key names the files by what the spec says that they are.
+        self.check(spec).await?;
+        self.catalogues.make(key, &binary, &machine, spec).await.map_err(|e| e.problem())
+    }
+
+    /// The same of a spec that has been checked.
+    async fn checked_shape(
+        &self,
+        spec: &VmSpec,
+        machine: &str,
+        binary: &Binary,
+    ) -> Result<Arc<Shape>, CatalogueError> {
+        let key = self.catalogues.key(binary, machine, spec).await?;
+        self.catalogues.make(key, binary, machine, spec).await
     }
 
     /// Starts a QEMU that waits, paused, for the stream of a migration.
@@ -314,7 +358,7 @@ impl Vms {
         };
         prepare().map_err(|e| e.problem())?;
         if let Some(user) = &self.user {
-            give_folder(folder, user).await?;
+            folders::give(folder, user).await?;
         }
         for (name, nic) in record.taps.iter().zip(&record.spec.nics) {
             tap::create(name, &nic.bridge, self.user.as_deref()).await?;
@@ -324,7 +368,10 @@ impl Vms {
             machine: &record.machine,
             folder,
             taps: &record.taps,
-            incoming: matches!(record.phase, Phase::Incoming { .. }),
+            purpose: match record.phase {
+                Phase::Incoming { .. } => Purpose::Incoming,
+                Phase::Starting | Phase::Running => Purpose::Run,
+            },
             serial_log: self.serial_log,
         };
         Spawn {
@@ -351,7 +398,7 @@ impl Vms {
             }
             Err(Problem::new(
                 ErrorCode::HypervisorFailed,
-                format!("QEMU ended at its start: {}", log_tail(&instance.paths().log)),
+                format!("QEMU ended at its start: {}", last_words(&instance.paths().log)),
             ))
         };
         tokio::time::timeout(START_TIMEOUT, work)
@@ -474,6 +521,7 @@ impl Vms {
                 }
             }
         }
+        self.catalogues.sweep().await;
         Ok(())
     }
 
@@ -481,20 +529,10 @@ impl Vms {
     /// nothing of it lives any more; its record stays otherwise.
     async fn sweep(&self, record: &Record) -> bool {
         let group = self.group.child(&record.slot);
-        for pid in group.processes() {
-            let held = ProcessId::of(pid).and_then(|id| Process::adopt(&id));
-            // Only what is still in the group after it was held: the pid may have been reused in between.
-            if let Ok(Some(process)) = held
-                && group.processes().contains(&pid)
-            {
-                tracing::warn!(pid, slot = record.slot, "half-started QEMU ended");
-                if let Err(error) = process.signal(Signal::KILL) {
-                    tracing::error!(%error, pid, "cannot end a half-started QEMU");
-                }
-                tokio::time::timeout(QUIT_TIMEOUT, process.exited()).await.ok();
-            }
+        if let pids @ [_, ..] = &group.processes()[..] {
+            tracing::warn!(?pids, slot = record.slot, "half-started QEMU is ended");
         }
-        let rest = group.processes();
+        let rest = sweep::end_all(&group).await;
         if !rest.is_empty() {
             tracing::error!(?rest, slot = record.slot, "a half-started QEMU cannot be ended");
             return false;
@@ -502,19 +540,9 @@ impl Vms {
         for name in &record.taps {
             tap::remove(name).await;
         }
-        let folder = self.folders.run.join(&record.slot);
-        if folder.exists()
-            && let Err(error) = std::fs::remove_dir_all(&folder)
-        {
-            tracing::warn!(folder = %folder.display(), %error, "cannot remove folder");
-        }
-        for _ in 0..50 {
-            if group.remove().is_ok() {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        crate::folders::remove_file(&record.path(&self.folders.records()));
+        sweep::remove_folder(&self.folders.run.join(&record.slot));
+        sweep::remove_group(&group).await;
+        folders::remove_file(&record.path(&self.folders.records()));
         true
     }
 }
@@ -556,19 +584,4 @@ fn check_file(file: &FileRef) -> Result<(), Problem> {
     }
     Err(bad(format!("{} has BLAKE3 {found}, the VM's spec says {}", file.path, file.blake3))
         .hint("install the right file on this host, or define the VM anew"))
-}
-
-async fn give_folder(folder: &Path, user: &str) -> Result<(), Problem> {
-    let status = tokio::process::Command::new("chown").arg(user).arg(folder).status().await;
-    match status {
-        Ok(status) if status.success() => Ok(()),
-        _ => Err(Problem::new(ErrorCode::BadConfiguration, format!("qemu_user {user:?} does not exist"))),
-    }
-}
-
-fn log_tail(path: &Path) -> String {
-    let bytes = std::fs::read(path).unwrap_or_default();
-    let tail = &bytes[bytes.len().saturating_sub(LOG_TAIL_BYTES)..];
-    let text = String::from_utf8_lossy(tail).trim().to_owned();
-    if text.is_empty() { "it said nothing".to_owned() } else { text }
 }

@@ -96,6 +96,15 @@ impl Host {
         child.wait().unwrap();
     }
 
+    /// Starts it anew with another QEMU, of which nothing is known yet.
+    pub fn restart_with(&mut self, qemu: &Path) {
+        self.kill();
+        std::fs::remove_dir_all(self.folder.join("s/catalogue")).ok();
+        let text = std::fs::read_to_string(&self.config).unwrap();
+        std::fs::write(&self.config, format!("{text}qemu_binary = '{}'\n", qemu.display())).unwrap();
+        self.launch();
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.as_ref().unwrap().id()
     }
@@ -141,6 +150,13 @@ impl Host {
 
     pub fn kill_qemu(&self) {
         for pid in self.qemus() {
+            assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+        }
+    }
+
+    /// kill -9 of every agent.
+    pub fn kill_agents(&self) {
+        for pid in self.agents() {
             assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
         }
     }

@@ -52,8 +52,12 @@ pub struct World {
     farewells: BTreeMap<MigrationId, u32>,
     /// Kinds of orders that are held back.
     pub hold: Vec<&'static str>,
+    /// Of permits; `strict` when not set.
+    pub profile: Option<&'static str>,
     /// Statements from daemons are lost.
     pub deaf: bool,
+    /// What permits allow.
+    pub features: StreamFeatures,
 }
 
 #[derive(Clone)]
@@ -258,8 +262,8 @@ impl Manager {
             byte_budget: 1 << 32,
             duration_budget_ms: 600_000,
             downtime_budget_ms: 5_000,
-            features: StreamFeatures::default(),
-            inspection_profile: "strict".to_owned(),
+            features: self.world.lock().unwrap().features.clone(),
+            inspection_profile: self.world.lock().unwrap().profile.unwrap_or("strict").to_owned(),
             compatibility: "qemu".to_owned(),
         };
         let token = permit::issue(&self.permit_key, "k1", &claims).unwrap();

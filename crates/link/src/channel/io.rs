@@ -101,11 +101,24 @@ impl ChannelTls {
     /// The socket's, [`ChannelError::Truncated`] when the connection ended without close_notify, or
     /// [`ChannelError::ReceiveBufferFull`] when nothing was opened in between.
     pub fn receive(&mut self, socket: impl AsFd) -> Result<Received, ChannelError> {
+        self.receive_at_most(socket, usize::MAX)
+    }
+
+    /// The same, and never more than `limit_bytes`, for those who have many channels and little memory.
+    ///
+    /// # Errors
+    /// As [`Self::receive`].
+    pub fn receive_at_most(
+        &mut self,
+        socket: impl AsFd,
+        limit_bytes: usize,
+    ) -> Result<Received, ChannelError> {
         let space = self.incoming.space();
         if space.is_empty() {
             return Err(ChannelError::ReceiveBufferFull);
         }
-        match recv(socket, space, RecvFlags::DONTWAIT) {
+        let room = space.len().min(limit_bytes);
+        match recv(socket, &mut space[..room], RecvFlags::DONTWAIT) {
             // An end of the connection must not overtake a close_notify that waits to be opened.
             Ok((_, 0)) if self.has_unopened() => Ok(Received::Bytes(self.incoming.unscanned())),
             Ok((_, 0)) => self.end_of_input().map(|()| Received::Closed),

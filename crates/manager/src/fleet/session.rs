@@ -236,5 +236,6 @@ pub(crate) fn order_text(body: &to_host::Body) -> &'static str {
         B::Void(_) => "void",
         B::Present(_) => "present",
         B::Decline(_) => "decline",
+        B::InspectVm(_) => "inspect-vm",
     }
 }

@@ -5,7 +5,9 @@ use super::{App, Caller};
 use crate::migration::{control, handover, request, view};
 use crate::policy::Action;
 use crate::{clock, hosts, vms};
-use api::http::{AuditEntry, AuditVerified, HostAdded, HostView, Migrate, MigrateAccepted, StartVm, VmView};
+use api::http::{
+    AuditEntry, AuditVerified, HostAdded, HostView, Migrate, MigrateAccepted, StartVm, VmInspection, VmView,
+};
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::{StatusCode, Uri, header};
@@ -111,6 +113,16 @@ pub(super) async fn vm(State(app): State<App>, caller: Caller, Path(name): Path<
     let mut tx = app.manager.registry.read("show a VM").await?;
     let row = tx.vm_named(&name).await?.ok_or_else(|| request::unknown_vm(&name))?;
     Ok(Json(vms::view(&mut tx, row).await?))
+}
+
+pub(super) async fn inspect_vm(
+    State(app): State<App>,
+    caller: Caller,
+    Path(name): Path<String>,
+) -> Answer<VmInspection> {
+    caller.may(&app, Action::View)?;
+    let name = parsed(&name, ErrorCode::UnknownVm)?;
+    Ok(Json(vms::inspect(&app.manager, &name).await?))
 }
 
 pub(super) async fn define_vm(

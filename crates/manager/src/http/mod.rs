@@ -46,6 +46,7 @@ pub(crate) fn router(manager: Arc<Manager>) -> Router {
         .route("/v1/hosts/{name}", get(handlers::host))
         .route("/v1/vms", get(handlers::vms).post(handlers::define_vm))
         .route("/v1/vms/{name}", get(handlers::vm))
+        .route("/v1/vms/{name}/inspection", get(handlers::inspect_vm))
         .route("/v1/vms/{name}/start", post(handlers::start_vm))
         .route("/v1/vms/{name}/stop", post(handlers::stop_vm))
         .route("/v1/migrations", get(handlers::migrations).post(handlers::migrate))

@@ -280,7 +280,7 @@ fn found(facts: &mut Facts, finding: Finding) -> Option<Problem> {
 fn ended(from: &HostName, detail: &EndedDetail) -> Option<Problem> {
     let code = match detail.what.as_str() {
         "hypervisor" => ErrorCode::HypervisorFailed,
-        "peer" | "handshake" | "freeze-guard" => ErrorCode::ChannelFailed,
+        "peer" | "handshake" | "freeze-guard" | "agent" => ErrorCode::ChannelFailed,
         "budget" => ErrorCode::BudgetExceeded,
         "internal" => ErrorCode::Internal,
         _ => return None,

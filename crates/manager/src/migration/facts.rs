@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use types::Problem;
 use types::handover::AbortReason;
 use types::migration::{ChannelView, DigestsView, Finding, StageView};
+use types::permit::StreamFeatures;
 
 /// Findings that are kept of one migration: the first ones tell the story.
 const FINDINGS_LIMIT: usize = 64;
@@ -18,6 +19,8 @@ pub(crate) struct Facts {
     pub(crate) principal: String,
     /// Role of the operator, for policy.
     pub(crate) role: String,
+    /// What the stream is to use.
+    pub(crate) features: StreamFeatures,
     /// The intent was answered by the source's signed request.
     pub(crate) request_us: Option<i64>,
     /// The permit was signed.

@@ -192,6 +192,7 @@ pub(crate) fn unexpected(host: &HostName, order: &str, reply: &reply::Result) ->
         reply::Result::Prepared(_) => "prepared",
         reply::Result::Load(_) => "load",
         reply::Result::Started(_) => "started",
+        reply::Result::Inspected(_) => "inspected",
     };
     Problem::new(ErrorCode::Internal, format!("host {host} answered {order} with {kind:?}"))
 }
@@ -251,7 +252,9 @@ async fn grant(
     tx.reserve(row.id, &row.target, row.vm, spec.memory_bytes, spec.vcpus).await?;
     let [source_spki, target_spki] = agents;
     let parts = (part(&grounds.source, source_spki)?, part(&grounds.target, target_spki)?);
-    let claims = permit::claims(&manager.config, key, &grounds.vm, parts, journal(&grounds.target)?)?;
+    let features = Facts::of(&row)?.features;
+    let claims =
+        permit::claims(&manager.config, key, &grounds.vm, parts, journal(&grounds.target)?, features)?;
     tx.add_permit(&claims).await?;
     row.state = MigrationState::Setup;
     tx.save_migration(&row).await?;
@@ -259,6 +262,7 @@ async fn grant(
         "migration": row.id, "vm": row.vm_name, "source": row.source, "target": row.target,
         "epochs": [source_epoch, target_epoch], "nonce": claims.nonce, "spec_digest": claims.spec_digest,
         "policies": by, "requested_by": row.requested_by, "attestation": "unattested",
+        "features": claims.features,
         "load": { "memory_available_bytes": load.memory_available_bytes, "scope": load.scope },
     });
     tx.audit(&manager.actor(), "permit.issue", row.vm_name.as_str(), detail).await?;

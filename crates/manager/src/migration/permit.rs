@@ -23,6 +23,7 @@ pub(crate) fn claims(
     vm: &VmRow,
     (source, target): (HostPart, HostPart),
     target_journal: Nonce,
+    features: StreamFeatures,
 ) -> Result<PermitClaims, Problem> {
     let inventory = vm.inventory.as_ref().ok_or_else(|| {
         let detail =
@@ -49,8 +50,8 @@ pub(crate) fn claims(
             .saturating_add(STREAM_FLOOR_BYTES),
         duration_budget_ms: budgets.run_s.saturating_mul(1_000),
         downtime_budget_ms: budgets.downtime_ms,
-        features: StreamFeatures::default(),
-        inspection_profile: "strict".to_owned(),
+        features,
+        inspection_profile: config.inspection_profile.to_string(),
         compatibility: format!("{}/{}", inventory.hypervisor, inventory.machine),
     })
 }

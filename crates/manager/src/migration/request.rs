@@ -3,6 +3,7 @@
 //! before anything is sent.
 
 use crate::clock;
+use crate::config::Config;
 use crate::core::Manager;
 use crate::http::Caller;
 use crate::migration::Facts;
@@ -11,6 +12,7 @@ use registry::{Enrolment, HostRow, MigrationRow, RegistryError, Tx, VmRow};
 use serde_json::json;
 use std::sync::Arc;
 use types::migration::MigrationState;
+use types::permit::StreamFeatures;
 use types::vm::VmState;
 use types::{ErrorCode, HostName, MigrationId, Nonce, Problem};
 
@@ -29,6 +31,7 @@ pub(crate) async fn accept(
     request: &Migrate,
 ) -> Result<MigrationId, Problem> {
     fresh(request.timestamp_unix_ms)?;
+    let features = features(&manager.config, request)?;
     manager.must_remember()?;
     let mut tx = manager.begin("request a migration").await?;
     if !tx.use_nonce(request.nonce, &caller.principal.name).await? {
@@ -36,10 +39,10 @@ pub(crate) async fn accept(
     }
     let gates = gates(manager, &mut tx, request).await;
     let row = match gates {
-        Ok((vm, source, target)) => intent(caller, &vm, source, target)?,
+        Ok((vm, source, target)) => intent(caller, &vm, (source, target), features)?,
         Err(problem) => {
             // The nonce stays used: a request that was refused is no more to be replayed than one that was not.
-            record_refusal(&mut tx, caller, request, &problem).await?;
+            record_refusal(&mut tx, caller, request, features, &problem).await?;
             let detail = json!({ "vm": request.vm, "target": request.target, "code": problem.code });
             tx.audit(&caller.audit_name(), "migration.refuse", request.vm.as_str(), detail).await?;
             tx.commit().await?;
@@ -67,6 +70,25 @@ pub(crate) fn fresh(timestamp_unix_ms: u64) -> Result<(), Problem> {
         return Err(Problem::new(ErrorCode::StaleRequest, detail).hint("compare the clocks of both machines"));
     }
     Ok(())
+}
+
+/// What the stream is to use: as asked, within what this manager allows.
+///
+/// # Errors
+/// `limit-reached` for more channels than allowed, `bad-request` for what makes no sense.
+fn features(config: &Config, request: &Migrate) -> Result<StreamFeatures, Problem> {
+    let features = StreamFeatures {
+        multifd_channels: request.channels.unwrap_or(config.multifd_channels),
+        compression: request.compression.clone().unwrap_or_default(),
+        ..StreamFeatures::default()
+    };
+    let (asked, most) = (features.multifd_channels, config.multifd_channels_max);
+    if asked > most {
+        let detail = format!("{asked} channels were asked for, this manager allows {most}");
+        return Err(Problem::new(ErrorCode::LimitReached, detail).hint("see multifd_channels_max"));
+    }
+    features.check_channels().map_err(|why| Problem::new(ErrorCode::BadRequest, why))?;
+    Ok(features)
 }
 
 /// The problem of a nonce that was used.
@@ -159,11 +181,12 @@ async fn record_refusal(
     tx: &mut Tx,
     caller: &Caller,
     request: &Migrate,
+    features: StreamFeatures,
     problem: &Problem,
 ) -> Result<(), Problem> {
     let Some(vm) = tx.vm_named(&request.vm).await? else { return Ok(()) };
     let (Some(source), Some(_)) = (vm.host.clone(), tx.host(&request.target).await?) else { return Ok(()) };
-    let mut row = intent(caller, &vm, source, request.target.clone())?;
+    let mut row = intent(caller, &vm, (source, request.target.clone()), features)?;
     let mut facts = Facts::of(&row)?;
     facts.blame(problem.clone());
     row.facts = facts.text();
@@ -171,8 +194,14 @@ async fn record_refusal(
     Ok(tx.add_migration(&row).await?)
 }
 
-fn intent(caller: &Caller, vm: &VmRow, source: HostName, target: HostName) -> Result<MigrationRow, Problem> {
+fn intent(
+    caller: &Caller,
+    vm: &VmRow,
+    (source, target): (HostName, HostName),
+    features: StreamFeatures,
+) -> Result<MigrationRow, Problem> {
     let facts = Facts {
+        features,
         principal: caller.principal.name.clone(),
         role: caller.principal.role.clone(),
         ..Facts::default()
@@ -193,4 +222,36 @@ fn intent(caller: &Caller, vm: &VmRow, source: HostName, target: HostName) -> Re
         handover: None,
         facts: facts.text(),
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn check(channels: Option<u16>, compression: Option<&str>, expect: Result<(u16, &str), ErrorCode>) {
+        let config = Config { multifd_channels: 2, multifd_channels_max: 8, ..Config::default() };
+        let request = Migrate {
+            vm: "web-1".parse().unwrap(),
+            target: "host-b".parse().unwrap(),
+            source: None,
+            channels,
+            compression: compression.map(str::to_owned),
+            nonce: Nonce::from_bytes([1; 16]),
+            timestamp_unix_ms: 0,
+        };
+        let found = features(&config, &request);
+        let found = found.map(|f| (f.multifd_channels, f.compression)).map_err(|problem| problem.code);
+        assert_eq!(found, expect.map(|(n, text)| (n, text.to_owned())), "{channels:?} {compression:?}");
+    }
+
+    #[test]
+    fn channels_are_as_asked_within_the_limit() {
+        check(None, None, Ok((2, "")));
+        check(Some(0), None, Ok((0, "")));
+        check(Some(8), Some("zstd"), Ok((8, "zstd")));
+        check(Some(9), None, Err(ErrorCode::LimitReached));
+        check(Some(0), Some("zlib"), Err(ErrorCode::BadRequest));
+        check(Some(1), Some("qpl"), Err(ErrorCode::BadRequest));
+    }
 }

@@ -35,6 +35,8 @@ pub(crate) async fn view(
         state: row.state,
         suspended: row.suspended,
         mode: "precopy".to_owned(),
+        multifd_channels: facts.features.multifd_channels,
+        compression: facts.features.compression.clone(),
         requested_by: row.requested_by.clone(),
         requested_at: rfc3339(row.requested_at_us),
         ended_at: row.ended_at_us.map(rfc3339),

@@ -5,8 +5,8 @@ use crate::world::{Physical, World, mac};
 use api::fleet::fleet_client::FleetClient;
 use api::fleet::reply::Result as Outcome;
 use api::fleet::{
-    AgentReady, Done, Hello, Interface, JoinRequest, LoadReply, MigrationEvent, Prepared, Reply, RunningVm,
-    SignedStatement, Started, ToHost, ToManager, to_host, to_manager,
+    AgentReady, Done, Hello, Inspected, Interface, JoinRequest, LoadReply, MigrationEvent, Prepared, Reply,
+    RunningVm, SignedStatement, Started, ToHost, ToManager, to_host, to_manager,
 };
 use hyper_util::rt::TokioIo;
 use link::ca::CaCertificate;
@@ -402,6 +402,11 @@ impl FakeHost {
         match body {
             B::QueryLoad(_) => Outcome::Load(LoadReply { load_json: self.load() }),
             B::StartVm(order) => self.start_vm(&order),
+            B::InspectVm(_) => {
+                let catalogue = json!({ "hypervisor": "qemu/10.0.2", "machine": "pc-q35-10.0", "layouts": [], "sections": [] });
+                let catalogue_json = catalogue.to_string();
+                Outcome::Inspected(Inspected { catalogue_json })
+            }
             B::StopVm(order) => {
                 let vm: VmId = order.vm.parse().unwrap();
                 self.inner.lock().unwrap().vms.remove(&vm);
@@ -760,5 +765,6 @@ fn kind_of(body: &to_host::Body) -> &'static str {
         B::Void(_) => "void",
         B::Present(_) => "present",
         B::Decline(_) => "decline",
+        B::InspectVm(_) => "inspect-vm",
     }
 }

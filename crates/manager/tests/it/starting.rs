@@ -122,3 +122,26 @@ async fn a_vm_that_moved_away_is_not_thought_to_be_there_still() {
     assert!(answer.status.is_success(), "{}", answer.body);
     world.check_settled(vm, "host-c").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inspection_asks_the_vms_host_and_says_why_when_that_does_not_know() {
+    let world = World::new();
+    let a = world.host("host-a").await;
+    world.ok("/v1/vms", &vm_spec("vm", 1)).await;
+    let path = "/v1/vms/vm/inspection";
+    let early = world.request("GET", path, &world.token(), "").await;
+    assert_eq!(early.code(), "vm-not-running", "{}", early.body);
+    assert!(start(&world, "host-a").await.status.is_success());
+    let shown = world.get(path).await;
+    assert_eq!(shown["enrolment"]["catalogue"]["machine"], "pc-q35-10.0", "{shown}");
+    assert_eq!((&shown["host"], &shown["catalogue_missing"]), (&json!("host-a"), &Value::Null));
+    a.manners.lock().unwrap().refuses = vec![("inspect-vm", "hypervisor-failed")];
+    let shown = world.get(path).await;
+    assert_eq!(shown["enrolment"]["catalogue"], Value::Null);
+    assert!(shown["catalogue_missing"].as_str().unwrap().contains("host-a"), "{shown}");
+    // Where it stands still it is told from the record alone.
+    world.ok("/v1/vms/vm/stop", &json!({})).await;
+    let shown = world.get(path).await;
+    assert!(shown["enrolment"]["inventory"]["ram_blocks"].is_array(), "{shown}");
+    assert!(shown["catalogue_missing"].as_str().unwrap().contains("no host"), "{shown}");
+}

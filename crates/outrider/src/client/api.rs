@@ -1,7 +1,9 @@
 //! The requests of `/v1`, typed. Names and ids in paths are validated types: they need no escaping.
 
-use super::{Client, ClientError, EventStream, REQUEST_LIMIT, VM_LIMIT};
-use api::http::{AuditEntry, AuditVerified, HostAdded, HostView, Migrate, MigrateAccepted, StartVm, VmView};
+use super::{Client, ClientError, EventStream, INSPECT_LIMIT, REQUEST_LIMIT, VM_LIMIT};
+use api::http::{
+    AuditEntry, AuditVerified, HostAdded, HostView, Migrate, MigrateAccepted, StartVm, VmInspection, VmView,
+};
 use std::collections::VecDeque;
 use types::host::HostSpec;
 use types::migration::MigrationView;
@@ -57,6 +59,11 @@ impl Client {
     /// One VM.
     pub(crate) async fn vm(&self, name: &Name) -> Result<VmView, ClientError> {
         self.get(&format!("/v1/vms/{name}")).await
+    }
+
+    /// What a VM's stream is compared with. The host may have to make its catalogue first.
+    pub(crate) async fn inspect_vm(&self, name: &Name) -> Result<VmInspection, ClientError> {
+        self.get_within(&format!("/v1/vms/{name}/inspection"), INSPECT_LIMIT).await
     }
 
     /// Records a VM.

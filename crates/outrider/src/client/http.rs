@@ -60,7 +60,16 @@ impl Client {
 
     /// `GET`, answered with a JSON document.
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        self.ask(Method::GET, path, Bytes::new(), REQUEST_LIMIT).await
+        self.get_within(path, REQUEST_LIMIT).await
+    }
+
+    /// `GET` of what takes the manager longer.
+    pub(super) async fn get_within<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        limit: Duration,
+    ) -> Result<T, ClientError> {
+        self.ask(Method::GET, path, Bytes::new(), limit).await
     }
 
     /// `POST` of a JSON document, answered with one.

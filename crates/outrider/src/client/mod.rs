@@ -18,6 +18,8 @@ use types::{ErrorCode, Problem};
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// One request with its whole answer; watch streams have no such limit.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// A dry run of a VM on its host; the manager itself gives it 25 s.
+const INSPECT_LIMIT: Duration = Duration::from_secs(30);
 /// A VM that starts or stops: QEMU, its memory, the digests of its files; the manager itself gives it 60 s.
 const VM_LIMIT: Duration = Duration::from_secs(70);
 /// Most bytes of an answer: ten thousand hosts fit.

@@ -39,6 +39,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Migrate(args) => ask(migrate::run(args, format)),
         Command::Migration(command) => ask(migration::run(command, format)),
         Command::Audit(command) => ask(audit::run(command, format)),
+        Command::Inspect(args) => crate::inspect::run(&args, format),
         Command::Doctor(args) => ask(doctor::run(args, format)),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "outrider", &mut std::io::stdout());
@@ -57,7 +58,7 @@ fn ask(work: impl Future<Output = Outcome>) -> Outcome {
 }
 
 /// A file that the operator named, or standard input for `-`.
-fn read_input(path: &Path, limit_bytes: u64) -> Result<String, InputError> {
+pub(crate) fn read_input(path: &Path, limit_bytes: u64) -> Result<String, InputError> {
     let read = |source| InputError::Read { path: path.to_owned(), source };
     let mut text = String::new();
     let source: Box<dyn Read> = if path == Path::new("-") {

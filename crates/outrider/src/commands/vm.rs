@@ -1,13 +1,14 @@
-//! `vm define`, `list`, `show`, `start`, `stop`.
+//! `vm define`, `list`, `show`, `inspect`, `start`, `stop`.
 
 use super::{DONE, Outcome, read_input};
-use crate::args::{DefineVm, Format, VmCommand};
+use crate::args::{DefineVm, Format, InspectVm, VmCommand};
 use crate::client::Client;
 use crate::config::{MAX_FILE_BYTES, explain};
 use crate::error::InputError;
-use crate::output::{self, lists};
+use crate::output::{self, inspection, lists};
 use std::path::Path;
 use types::Digest;
+use types::inventory::Enrolment;
 use types::vm::VmSpec;
 
 pub(super) async fn run(command: VmCommand, format: Format) -> Outcome {
@@ -22,6 +23,7 @@ pub(super) async fn run(command: VmCommand, format: Format) -> Outcome {
             output::print(format, &digest, |digest, _| format!("{digest}\n"));
             return Ok(DONE);
         }
+        VmCommand::Inspect(args) => return inspect(&args, format).await,
         VmCommand::Define(args) => define(&args).await?,
         VmCommand::Show(args) => Client::new(&args.connection)?.vm(&args.vm).await?,
         VmCommand::Start(args) => Client::new(&args.connection)?.start_vm(&args.vm, &args.on).await?,
@@ -29,6 +31,24 @@ pub(super) async fn run(command: VmCommand, format: Format) -> Outcome {
     };
     output::print(format, &view, lists::vm);
     Ok(DONE)
+}
+
+async fn inspect(args: &InspectVm, format: Format) -> Outcome {
+    let shown = Client::new(&args.connection)?.inspect_vm(&args.vm).await?;
+    if let Some(file) = &args.save {
+        save(file, &shown.enrolment)?;
+    }
+    output::print(format, &shown, inspection::vm);
+    if let Some(file) = &args.save {
+        output::note(&format!("the enrolment is in {}", file.display()));
+    }
+    Ok(DONE)
+}
+
+fn save(file: &Path, enrolment: &Enrolment) -> Result<(), InputError> {
+    let text = serde_json::to_vec_pretty(enrolment).map_err(std::io::Error::from);
+    let written = text.and_then(|text| std::fs::write(file, text));
+    written.map_err(|source| InputError::Write { path: file.to_owned(), source })
 }
 
 /// The spec is checked here first: a mistake is named with its line before anything is asked.
@@ -76,6 +96,20 @@ mod tests {
         let content = vec![7_u8; 200_000];
         file.write_all(&content).unwrap();
         assert_eq!(digest_of(file.path()).unwrap(), Digest::of(&content));
+    }
+
+    #[test]
+    fn a_saved_enrolment_reads_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("vm.json");
+        let mut enrolment = Enrolment::default();
+        enrolment.inventory.machine = "pc-q35-10.0".to_owned();
+        save(&file, &enrolment).unwrap();
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert_eq!(serde_json::from_str::<Enrolment>(&text).unwrap(), enrolment);
+        assert!(text.contains("\"catalogue\": null"), "{text}");
+        let failed = save(&folder.path().join("no/vm.json"), &enrolment).unwrap_err();
+        assert!(failed.to_string().starts_with("cannot write "), "{failed}");
     }
 
     #[test]

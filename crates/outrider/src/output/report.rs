@@ -101,6 +101,7 @@ fn parts(stages: &[StageView]) -> String {
 fn evidence(facts: &mut Facts, view: &MigrationView) {
     facts.add("Permit", view.permit.as_ref().map_or("none was issued".to_owned(), |p| permit(p, view)));
     facts.add_some("Channel", view.channel.as_ref().map(channel));
+    facts.add_some("Multifd", multifd(view));
     facts.add_some("Digests", view.digests.as_ref().map(digests));
     facts.add("Attestation", &view.attestation);
     for found in &view.findings {
@@ -120,6 +121,14 @@ fn channel(channel: &ChannelView) -> String {
         "{}, {}, {}, {} {plural}",
         channel.protocol, channel.cipher_suite, channel.key_exchange, channel.channels
     )
+}
+
+/// What was asked for, whether it stands yet or not.
+fn multifd(view: &MigrationView) -> Option<String> {
+    let plural = if view.multifd_channels == 1 { "channel" } else { "channels" };
+    let method = if view.compression.is_empty() { "not compressed" } else { view.compression.as_str() };
+    (view.multifd_channels > 0)
+        .then(|| format!("{} {plural} beside the main one, {method}", view.multifd_channels))
 }
 
 fn digests(digests: &DigestsView) -> String {

@@ -5,16 +5,17 @@
 //! **unique cut**: QEMU consumes some number of bytes for a section and then demands the footer with that
 //! section's id and a known type byte behind it. When, in all the bytes that QEMU will ever get, only one place
 //! looks like that, QEMU either stops exactly there or gives up before it reads anything else. Where a section's
-//! own state may contain such a place by chance, its length must be known from its layout alone (see
-//! `layout_length`); anything else is refused.
+//! own state may contain such a place by chance, its length must be known from its layout alone: from a
+//! catalogue ([`DeviceState::read_with`]), or because it is one of the few with a [`fixed_length`]. Anything else is
+//! refused.
 
-use super::parser::SectionHeader;
+use super::parser::{SectionHeader, command_name};
 use super::*;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The longest description that is looked at.
-pub const MAX_DESCRIPTION_BYTES: usize = 4 << 20;
+pub const MAX_DESCRIPTION_BYTES: usize = 2 << 20;
 /// The most device sections; real machines have under a hundred.
 pub const MAX_DEVICE_SECTIONS: usize = 4096;
 /// Section ids are small; below this bound an id's footer holds a NUL, which a description can't contain.
@@ -39,7 +40,29 @@ pub struct DeviceSection<'a> {
     pub start: usize,
     /// Its state.
     pub payload: std::ops::Range<usize>,
+    /// Whether its layout alone gave its length; otherwise its end is the only possible one.
+    pub exact: bool,
 }
+
+/// A section whose state is about to be read.
+#[derive(Debug, Clone, Copy)]
+pub struct SectionStart<'a> {
+    /// Its idstr: printable ASCII.
+    pub name: &'a str,
+    /// Its instance.
+    pub instance: u32,
+    /// Its version.
+    pub version: u32,
+    /// Where its header starts in the blob.
+    pub start: usize,
+    /// Where its state starts in the blob.
+    pub payload: usize,
+    /// Where all sections end at the latest: at the end mark.
+    pub limit: usize,
+}
+
+/// Tells the length of a section's state as the destination derives it, or nothing where that can't be told.
+pub type LengthOf<'f, 'a> = &'f mut dyn FnMut(&SectionStart<'a>) -> Result<Option<usize>, Violation>;
 
 /// A complete device state, cut into sections.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,15 +126,19 @@ fn described_length(fields: &[DescribedField], subsections: &[DescribedSubsectio
     Some(total)
 }
 
-/// The length of a section where its layout alone gives it, as the destination will read it whatever the
-/// description says; nothing where the layout is not known here.
+/// The length of the few sections whose layout is known without a catalogue.
 ///
 /// `timer` is three 64-bit integers; its id is 0, whose footer is a common pattern in other devices' state. The
 /// TPM emulator's state is three blobs, each behind its own size, and full of arbitrary bytes.
-fn layout_length(name: &str, version: u32, payload: &[u8]) -> Option<Option<usize>> {
-    match (name, version) {
-        ("timer", 2) => Some(Some(24)),
-        ("tpm-emulator", 0) => Some(tpm_emulator_length(payload)),
+#[must_use]
+pub fn fixed_length(section: &SectionStart<'_>, blob: &[u8]) -> Option<usize> {
+    match (section.name, section.version) {
+        ("timer", 2) => Some(24),
+        // A size past the end is no length at all: nothing there can be its footer.
+        ("tpm-emulator", 0) => {
+            let state = blob.get(section.payload..section.limit).unwrap_or_default();
+            Some(tpm_emulator_length(state).unwrap_or(usize::MAX))
+        }
         _ => None,
     }
 }
@@ -257,9 +284,9 @@ impl<'a> Reader<'a> {
             Some(&SECTION_END) => ("INV-S11", "END after END".to_owned()),
             Some(&COMMAND) => match be16(bytes, 1) {
                 Some(8) => ("INV-C2", "ENABLE_COLO".to_owned()),
-                Some(command @ 3..=7) => ("INV-C3", format!("command {command}")),
+                Some(command @ 3..=7) => ("INV-C3", command_name(command)),
                 Some(11) => ("INV-C9", "SWITCHOVER_START".to_owned()),
-                command => ("INV-C1", format!("command {}", command.unwrap_or(0))),
+                command => ("INV-C1", command_name(command.unwrap_or(0))),
             },
             Some(&SECTION_EOF) => ("INV-S10", "the end mark".to_owned()),
             Some(other) => ("INV-S1", format!("{other:#04x}")),
@@ -271,8 +298,10 @@ impl<'a> Reader<'a> {
     fn section(
         &self,
         at: usize,
+        limit: usize,
         described: &DescribedDevice,
         seen: &mut Seen<'a>,
+        length_of: LengthOf<'_, 'a>,
     ) -> Result<DeviceSection<'a>, Violation> {
         let header = self.expect_device(at)?;
         let shown = printable(header.name);
@@ -296,14 +325,28 @@ impl<'a> Reader<'a> {
             ));
         }
         let start = at + header.len;
-        let length = described_length(&described.fields, &described.subsections)
-            .and_then(|length| usize::try_from(length).ok())
-            .filter(|length| *length <= self.blob.len() - start)
-            .ok_or_else(|| {
-                self.violation("INV-D2", at, name, "a length inside the stream", "a larger one")
-            })?;
+        let section = SectionStart {
+            name,
+            instance: header.instance,
+            version: header.version,
+            start: at,
+            payload: start,
+            limit,
+        };
+        let by_layout = length_of(&section)?;
+        let described = described_length(&described.fields, &described.subsections)
+            .and_then(|length| usize::try_from(length).ok());
+        let length =
+            by_layout.or(described).filter(|length| *length <= limit.saturating_sub(start)).ok_or_else(
+                || self.violation("INV-D2", at, name, "a length inside the stream", "a larger one"),
+            )?;
         let payload = start..start + length;
-        self.footer(payload.end, name, header.id)?;
+        self.footer(payload.end, name, header.id, by_layout.is_some())?;
+        if described != Some(length) {
+            let expected = format!("the length that the layout gives, {length} bytes");
+            let found = format!("{} bytes described", described.unwrap_or(0));
+            return Err(self.violation("INV-E2", at, name, expected, found));
+        }
         Ok(DeviceSection {
             id: header.id,
             name,
@@ -311,43 +354,45 @@ impl<'a> Reader<'a> {
             version: header.version,
             start: at,
             payload,
+            exact: by_layout.is_some(),
         })
     }
 
-    fn footer(&self, at: usize, name: &str, id: u32) -> Result<(), Violation> {
-        if self.blob.get(at) != Some(&FOOTER) || be32(self.blob, at + 1) != Some(id) {
-            let expected = "its own footer where the description ends it";
-            return Err(self.violation("INV-D2", at, name, expected, "something else"));
-        }
-        Ok(())
-    }
-
-    /// Layout where it is known, otherwise one candidate end only (see the module's documentation).
-    fn unique_cuts(&self, sections: &[DeviceSection<'a>]) -> Result<(), Violation> {
-        let mut by_id = BTreeMap::new();
-        for section in sections {
-            let payload = self.blob.get(section.payload.start..).unwrap_or_default();
-            match layout_length(section.name, section.version, payload) {
-                Some(length) if length == Some(section.payload.len()) => {}
-                Some(length) => {
-                    let expected = format!("{} bytes by its layout", length.unwrap_or(0));
-                    let found = format!("{} bytes", section.payload.len());
-                    return Err(self.violation("INV-D2", section.start, section.name, expected, found));
-                }
-                None => {
-                    by_id.insert(section.id, section);
-                }
+    /// The footer where the state ends; with another id, where the layout is sure that it is the footer (INV-S4).
+    fn footer(&self, at: usize, name: &str, id: u32, exact: bool) -> Result<(), Violation> {
+        let footer = self.blob.get(at) == Some(&FOOTER);
+        match be32(self.blob, at + 1) {
+            Some(found) if footer && found == id => Ok(()),
+            Some(found) if footer && exact => {
+                let expected = format!("a footer of section {id}");
+                Err(self.violation("INV-S4", at, name, expected, format!("of section {found}")))
+            }
+            _ => {
+                let expected = "its own footer where its state ends";
+                Err(self.violation("INV-D2", at, name, expected, "something else"))
             }
         }
+    }
+
+    /// One candidate end only for every section without a layout (see the module's documentation).
+    fn unique_cuts(&self, sections: &[DeviceSection<'a>]) -> Result<(), Violation> {
+        let by_id: BTreeMap<_, _> = sections.iter().filter(|s| !s.exact).map(|s| (s.id, s)).collect();
+        if by_id.is_empty() {
+            return Ok(());
+        }
         let next_is_type = |byte: Option<&u8>| matches!(byte, Some(0..=4 | 8));
-        for (at, _) in self.blob.iter().enumerate().filter(|(_, byte)| **byte == FOOTER) {
-            let Some(section) = be32(self.blob, at + 1).and_then(|id| by_id.get(&id)) else { continue };
-            if at >= section.payload.start
+        let mut at = 0;
+        while let Some(found) = self.blob.get(at..).and_then(|rest| memchr::memchr(FOOTER, rest)) {
+            at += found;
+            let section = be32(self.blob, at + 1).and_then(|id| by_id.get(&id));
+            if let Some(section) = section
+                && at >= section.payload.start
                 && at != section.payload.end
                 && next_is_type(self.blob.get(at + FOOTER_BYTES))
             {
                 return Err(self.violation("INV-D3", at, section.name, "one possible end", "a second one"));
             }
+            at += 1;
         }
         Ok(())
     }
@@ -415,11 +460,31 @@ fn json_trouble(json: &[u8]) -> Option<&'static str> {
 }
 
 impl<'a> DeviceState<'a> {
+    /// The text of the description in `blob`, which this was read from.
+    #[must_use]
+    pub fn description<'t>(&self, blob: &'t [u8]) -> &'t [u8] {
+        blob.get(self.end_mark + DESCRIPTION_HEADER_BYTES..).unwrap_or_default()
+    }
+
     /// Reads a complete device state. `base` is the blob's offset in the stream, `ram_id` the id that `ram` has.
     ///
     /// # Errors
     /// The first broken rule.
     pub fn read(blob: &'a [u8], base: u64, ram_id: u32, page_size: u32) -> Result<Self, Violation> {
+        Self::read_with(blob, base, ram_id, page_size, &mut |section| Ok(fixed_length(section, blob)))
+    }
+
+    /// The same, with lengths from elsewhere: a section whose length `length_of` knows needs no unique end.
+    ///
+    /// # Errors
+    /// The first broken rule, or what `length_of` found.
+    pub fn read_with(
+        blob: &'a [u8],
+        base: u64,
+        ram_id: u32,
+        page_size: u32,
+        length_of: LengthOf<'_, 'a>,
+    ) -> Result<Self, Violation> {
         let reader = Reader { blob, base };
         // Name what comes first before the end is looked for: a RAM section after END is that, not a missing end.
         if blob.first() != Some(&SECTION_FULL) {
@@ -431,7 +496,7 @@ impl<'a> DeviceState<'a> {
         let mut sections = Vec::with_capacity(description.devices.len());
         let mut at = 0;
         for described in &description.devices {
-            let section = reader.section(at, described, &mut seen)?;
+            let section = reader.section(at, end_mark, described, &mut seen, length_of)?;
             at = section.payload.end + FOOTER_BYTES;
             sections.push(section);
         }

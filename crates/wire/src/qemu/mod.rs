@@ -14,11 +14,12 @@
 
 mod blocks;
 pub mod device;
+pub mod multifd;
 mod parser;
 pub mod return_path;
 
 pub use blocks::Blocks;
-pub use parser::{Parser, ParserOptions};
+pub use parser::{Parser, ParserOptions, SyncMarkers};
 
 /// The longest record header the parser has to hold: a section header with a name of 255 bytes.
 pub const MAX_ITEM_BYTES: usize = 320;
@@ -156,6 +157,8 @@ pub enum Event<'a> {
         /// Offset in the block; aligned and inside.
         offset: u64,
     },
+    /// The sending side has synchronised its multifd channels: each of them sends one SYNC packet for this.
+    SyncMarker,
     /// The section's payload ended.
     RamEnd {
         /// Which section.

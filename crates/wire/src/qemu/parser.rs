@@ -1,19 +1,16 @@
 //! The incremental parser of the main channel, up to the device state.
 
+mod ram;
+
 use super::*;
 
 const MAGIC: u32 = 0x5145_564d;
+const CPR_MAGIC: u32 = 0x5143_5052;
 const VERSION: u32 = 3;
 
 const COMMAND_OPEN_RETURN_PATH: u16 = 1;
 const COMMAND_PING: u16 = 2;
 const COMMAND_SWITCHOVER_START: u16 = 11;
-
-const RAM_ZERO: u64 = 0x002;
-const RAM_MEM_SIZE: u64 = 0x004;
-const RAM_PAGE: u64 = 0x008;
-const RAM_EOS: u64 = 0x010;
-const RAM_CONTINUE: u64 = 0x020;
 
 /// Settings that come from the VM's record and the permit.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,11 +20,22 @@ pub struct ParserOptions {
     /// Whether OPEN_RETURN_PATH must be the first command (INV-T3). Only a recording made for enrolment goes
     /// without: a migration that loses its target would leave the guest stopped on both sides.
     pub return_path_required: bool,
+    /// How the main channel marks that multifd channels are to synchronise; nothing without multifd.
+    pub multifd_markers: Option<SyncMarkers>,
+}
+
+/// What on the main channel each SYNC packet of a multifd channel belongs to (it depends on the machine type).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SyncMarkers {
+    /// The end mark of every RAM payload: machine types up to 8.0.
+    EveryPayload,
+    /// The MULTIFD_FLUSH word: machine types from 8.1.
+    FlushWords,
 }
 
 impl Default for ParserOptions {
     fn default() -> Self {
-        Self { page_size_bytes: 4096, return_path_required: true }
+        Self { page_size_bytes: 4096, return_path_required: true, multifd_markers: None }
     }
 }
 
@@ -185,6 +193,12 @@ impl Parser {
                     self.validated += rest.len() as u64;
                     rest.len()
                 }
+                State::Record(Part::Iterate | Part::End) if self.pending.is_empty() => {
+                    match self.page_run(rest, sink)? {
+                        0 => self.item(rest, sink)?,
+                        taken => taken,
+                    }
+                }
                 _ => self.item(rest, sink)?,
             };
             rest = rest.get(taken..).unwrap_or_default();
@@ -286,6 +300,9 @@ impl Parser {
 
     fn header<S: Sink + ?Sized>(&mut self, bytes: &[u8], sink: &mut S) -> Result<Option<usize>, Violation> {
         let (Some(magic), Some(version)) = (be32(bytes, 0), be32(bytes, 4)) else { return Ok(None) };
+        if magic == CPR_MAGIC {
+            return Err(self.violation("INV-T4", "no cpr channel", "the magic of cpr-transfer"));
+        }
         if magic != MAGIC || version != VERSION {
             let found = format!("magic {magic:08x}, version {version}");
             return Err(self.violation("INV-H1", "magic 5145564d, version 3", found));
@@ -320,7 +337,8 @@ impl Parser {
         Ok(Some(5 + len))
     }
 
-    /// The only subsection of the configuration that pre-copy without shared memory can have is the VM's UUID.
+    /// The only subsection of the configuration that pre-copy without shared memory can have is the VM's UUID. The
+    /// capabilities that would be listed here change the format, and are refused by name.
     fn after_configuration<S: Sink + ?Sized>(
         &mut self,
         uuid_seen: bool,
@@ -328,6 +346,7 @@ impl Parser {
         sink: &mut S,
     ) -> Result<Option<usize>, Violation> {
         const NAME: &[u8] = b"configuration/uuid";
+        const CAPABILITIES: &[u8] = b"configuration/capabilities";
         if bytes.first() != Some(&SUBSECTION) {
             self.state = State::Top(Phase::Pre);
             return self.top(Phase::Pre, bytes, sink);
@@ -335,6 +354,14 @@ impl Parser {
         let Some(&name_len) = bytes.get(1) else { return Ok(None) };
         let name_end = 2 + name_len as usize;
         let Some(name) = bytes.get(2..name_end) else { return Ok(None) };
+        if name == CAPABILITIES {
+            let Some(&len) = bytes.get(name_end + 8) else { return Ok(None) };
+            let Some(capability) = bytes.get(name_end + 9..name_end + 9 + len as usize) else {
+                return Ok(None);
+            };
+            let found = format!("capability {}", printable(capability));
+            return Err(self.violation("INV-H3", "no capability that changes the format", found));
+        }
         if name != NAME || uuid_seen {
             return Err(self.violation("INV-H3", "at most configuration/uuid, once", printable(name)));
         }
@@ -396,10 +423,10 @@ impl Parser {
             }
             (_, 8) => return Err(self.violation("INV-C2", "no ENABLE_COLO", "ENABLE_COLO")),
             (_, 3..=7) => {
-                return Err(self.violation("INV-C3", "no postcopy command", format!("command {command}")));
+                return Err(self.violation("INV-C3", "no postcopy command", command_name(command)));
             }
             (_, 9 | 10) => {
-                return Err(self.violation("INV-C8", "no recovery command", format!("command {command}")));
+                return Err(self.violation("INV-C8", "no recovery command", command_name(command)));
             }
             _ => {
                 return Err(self.violation(
@@ -448,6 +475,7 @@ impl Parser {
             return Err(self.violation(rule, "one START, of ram", printable(header.name)));
         }
         if header.name != b"ram" {
+            // vfio, block migration and dirty bitmaps open here too.
             return Err(self.violation("INV-S8", "ram as the only iterable section", printable(header.name)));
         }
         if self.options.return_path_required && !self.return_path {
@@ -489,159 +517,6 @@ impl Parser {
         Ok(Some(5))
     }
 
-    fn record<S: Sink + ?Sized>(
-        &mut self,
-        part: Part,
-        bytes: &[u8],
-        sink: &mut S,
-    ) -> Result<Option<usize>, Violation> {
-        let Some(word) = be64(bytes, 0) else { return Ok(None) };
-        let mask = u64::from(self.options.page_size_bytes) - 1;
-        let (high, flags) = (word & !mask, word & mask);
-        if part == Part::Start && !self.block_list_done && flags != RAM_MEM_SIZE {
-            return Err(self.violation(
-                "INV-R2",
-                "the block list as the first record",
-                format!("flags {flags:#x}"),
-            ));
-        }
-        match flags & !RAM_CONTINUE {
-            RAM_MEM_SIZE if flags == RAM_MEM_SIZE => self.block_list_begin(part, high),
-            RAM_EOS if flags == RAM_EOS => self.ram_end(part, high, sink),
-            RAM_ZERO | RAM_PAGE => self.page(part, high, flags, bytes, sink),
-            // Only EOS with CONTINUE, or with an address, passes QEMU's own check and would be read differently.
-            _ if flags == RAM_EOS | RAM_CONTINUE => Err(self.violation(
-                "INV-R12",
-                "an end mark without address or flags",
-                format!("flags {flags:#x}"),
-            )),
-            _ => Err(self.violation("INV-R6", "flags that the permit allows", format!("flags {flags:#x}"))),
-        }
-    }
-
-    fn block_list_begin(&mut self, part: Part, total: u64) -> Result<Option<usize>, Violation> {
-        if part != Part::Start || self.block_list_done {
-            return Err(self.violation(
-                "INV-R2",
-                "the block list exactly once, in START",
-                "another block list",
-            ));
-        }
-        if total == 0 {
-            return Err(self.violation("INV-R3", "a total above zero", "zero"));
-        }
-        self.state = State::Blocks { total, seen: 0 };
-        Ok(Some(8))
-    }
-
-    fn ram_end<S: Sink + ?Sized>(
-        &mut self,
-        part: Part,
-        high: u64,
-        sink: &mut S,
-    ) -> Result<Option<usize>, Violation> {
-        if high != 0 {
-            return Err(self.violation(
-                "INV-R12",
-                "an end mark without address",
-                format!("address {high:#x}"),
-            ));
-        }
-        sink.event(self.validated, Event::RamEnd { part })?;
-        self.state = State::Footer(part);
-        Ok(Some(8))
-    }
-
-    fn block<S: Sink + ?Sized>(
-        &mut self,
-        total: u64,
-        seen: u64,
-        bytes: &[u8],
-        sink: &mut S,
-    ) -> Result<Option<usize>, Violation> {
-        let Some(&name_len) = bytes.first() else { return Ok(None) };
-        let end = 1 + name_len as usize;
-        let (Some(name), Some(length)) = (bytes.get(1..end), be64(bytes, end)) else { return Ok(None) };
-        let mask = u64::from(self.options.page_size_bytes) - 1;
-        if name.is_empty() || length == 0 || length & mask != 0 {
-            let expected = "a named block of whole pages";
-            return Err(self.violation("INV-R4", expected, format!("{:?}, {length} bytes", printable(name))));
-        }
-        if self.blocks.find(name).is_some() {
-            return Err(self.violation("INV-R4", "each block once", format!("{:?} again", printable(name))));
-        }
-        if self.blocks.len() == MAX_RAM_BLOCKS {
-            return Err(self.violation("INV-R4", format!("at most {MAX_RAM_BLOCKS} blocks"), "more"));
-        }
-        let sum = seen.checked_add(length).filter(|sum| *sum <= total);
-        let Some(sum) = sum else {
-            let found = format!("{:?} of {length} bytes after {seen}", printable(name));
-            return Err(self.violation("INV-R3", format!("lengths that add up to {total}"), found));
-        };
-        sink.event(self.validated, Event::Block { index: self.blocks.len(), name, length_bytes: length })?;
-        self.blocks.push(name, length);
-        self.state = State::Blocks { total, seen: sum };
-        if sum == total {
-            sink.event(self.validated, Event::BlocksEnd { total_bytes: total })?;
-            self.block_list_done = true;
-            self.state = State::Record(Part::Start);
-        }
-        Ok(Some(end + 8))
-    }
-
-    fn page<S: Sink + ?Sized>(
-        &mut self,
-        part: Part,
-        offset: u64,
-        flags: u64,
-        bytes: &[u8],
-        sink: &mut S,
-    ) -> Result<Option<usize>, Violation> {
-        if part == Part::Start {
-            return Err(self.violation("INV-R6", "no page in START", format!("flags {flags:#x}")));
-        }
-        let Some((block, len)) = self.named_block(flags, bytes)? else { return Ok(None) };
-        let length = self.blocks.length_bytes(block);
-        let page = u64::from(self.options.page_size_bytes);
-        if offset.checked_add(page).is_none_or(|end| end > length) {
-            return Err(self.violation(
-                "INV-R7",
-                format!("an offset inside {length} bytes"),
-                format!("{offset:#x}"),
-            ));
-        }
-        if flags & RAM_PAGE != 0 {
-            sink.event(self.validated, Event::Page { block, offset })?;
-            self.current = Some(block);
-            self.state = State::PageBytes { part, left: self.options.page_size_bytes as usize };
-            return Ok(Some(len));
-        }
-        let Some(&fill) = bytes.get(len) else { return Ok(None) };
-        if fill != 0 {
-            return Err(self.violation("INV-R10", "a zero page filled with zero", "another fill byte"));
-        }
-        sink.event(self.validated, Event::ZeroPage { block, offset })?;
-        self.current = Some(block);
-        Ok(Some(len + 1))
-    }
-
-    /// Which block a page record means, and how long its header is.
-    fn named_block(&self, flags: u64, bytes: &[u8]) -> Result<Option<(usize, usize)>, Violation> {
-        if flags & RAM_CONTINUE != 0 {
-            return match self.current {
-                Some(block) => Ok(Some((block, 8))),
-                None => Err(self.violation("INV-R8", "a named block before CONTINUE", "CONTINUE")),
-            };
-        }
-        let Some(&name_len) = bytes.get(8) else { return Ok(None) };
-        let end = 9 + name_len as usize;
-        let Some(name) = bytes.get(9..end) else { return Ok(None) };
-        match self.blocks.find(name) {
-            Some(block) => Ok(Some((block, end))),
-            None => Err(self.violation("INV-R9", "a block of the list", printable(name))),
-        }
-    }
-
     fn footer<S: Sink + ?Sized>(
         &mut self,
         part: Part,
@@ -664,6 +539,25 @@ impl Parser {
         }
         Ok(Some(5))
     }
+}
+
+/// A command by the name that operators find in QEMU's own documentation.
+pub(crate) fn command_name(command: u16) -> String {
+    let name = match command {
+        1 => "OPEN_RETURN_PATH",
+        2 => "PING",
+        3 => "POSTCOPY_ADVISE",
+        4 => "POSTCOPY_LISTEN",
+        5 => "POSTCOPY_RUN",
+        6 => "POSTCOPY_RAM_DISCARD",
+        7 => "PACKAGED",
+        8 => "ENABLE_COLO",
+        9 => "POSTCOPY_RESUME",
+        10 => "RECV_BITMAP",
+        11 => "SWITCHOVER_START",
+        _ => return format!("command {command}"),
+    };
+    name.to_owned()
 }
 
 /// The header of a START or FULL section.

@@ -1,0 +1,202 @@
+//! Judges a whole device state: every section's length, every value with a rule, and that nothing is missing.
+
+use super::parse::{Reader, Stop};
+use super::values::Tables;
+use std::collections::{BTreeMap, BTreeSet};
+use types::inventory::{DeviceSection, Inventory};
+use types::layout::{Catalogue, SectionLayout};
+use wire::qemu::Violation;
+use wire::qemu::device::{DeviceState, SectionStart, fixed_length};
+
+/// What to do with a section whose length the catalogue can't derive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unvouched {
+    /// Refuse the stream.
+    Refuse,
+    /// Accept it where it has one possible end only, and say so.
+    Report,
+}
+
+/// How a section's length was proved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vouched {
+    /// Derived as the destination derives it; its values were looked at.
+    Layout,
+    /// It has one possible end only; its values are unknown.
+    UniqueCut,
+}
+
+/// One accepted section.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JudgedSection {
+    /// Its idstr.
+    pub name: String,
+    /// Its instance.
+    pub instance: u32,
+    /// Its version.
+    pub version: u32,
+    /// Length of its state in bytes.
+    pub bytes: usize,
+    /// How its length was proved.
+    pub vouched: Vouched,
+}
+
+/// An accepted device state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Judged {
+    /// The sections in stream order.
+    pub sections: Vec<JudgedSection>,
+    /// Where the end mark is in the blob.
+    pub end_mark: usize,
+}
+
+/// Judges the device state in `blob`, whose first byte is at `base` in the stream, from the first device section to
+/// the last byte of the description. `ram_id` is the section id that `ram` has, `page_size` in bytes.
+///
+/// Without a catalogue a section is accepted where it has one possible end only, or is one of the few with a fixed
+/// length; `unvouched` does not matter then.
+///
+/// # Errors
+/// The first broken rule. Nothing of the blob may be released then.
+pub fn judge(
+    blob: &[u8],
+    base: u64,
+    ram_id: u32,
+    page_size: u32,
+    inventory: &Inventory,
+    catalogue: Option<&Catalogue>,
+    unvouched: Unvouched,
+) -> Result<Judged, Violation> {
+    let Some(catalogue) = catalogue else {
+        let mut fixed = |section: &SectionStart<'_>| Ok(fixed_length(section, blob));
+        let state = DeviceState::read_with(blob, base, ram_id, page_size, &mut fixed)?;
+        check_complete(&state, base, &inventory.devices)?;
+        return Ok(judged(&state));
+    };
+    catalogue.validate().map_err(|error| unusable(base, &error.to_string()))?;
+    if catalogue.machine != inventory.machine {
+        return Err(unusable(base, &format!("one of {:?}", catalogue.machine)));
+    }
+    let lengths = Lengths {
+        blob,
+        base,
+        tables: &Tables::new(&catalogue.layouts),
+        unvouched,
+        sections: by_name(catalogue),
+    };
+    let state = DeviceState::read_with(blob, base, ram_id, page_size, &mut |section| lengths.of(section))?;
+    if inventory.devices.is_empty() {
+        check_complete(&state, base, &devices(catalogue))?;
+    } else {
+        check_complete(&state, base, &inventory.devices)?;
+    }
+    Ok(judged(&state))
+}
+
+fn unusable(base: u64, found: &str) -> Violation {
+    Violation::new("INV-D2", base, "catalogue", "a catalogue of this VM", found)
+}
+
+fn by_name(catalogue: &Catalogue) -> BTreeMap<(&str, u32), &SectionLayout> {
+    catalogue.sections.iter().map(|section| ((section.name.as_str(), section.instance), section)).collect()
+}
+
+fn devices(catalogue: &Catalogue) -> Vec<DeviceSection> {
+    let device =
+        |s: &SectionLayout| DeviceSection { name: s.name.clone(), instance: s.instance, version: s.version };
+    catalogue.sections.iter().map(device).collect()
+}
+
+fn judged(state: &DeviceState<'_>) -> Judged {
+    let section = |section: &wire::qemu::device::DeviceSection<'_>| JudgedSection {
+        name: section.name.to_owned(),
+        instance: section.instance,
+        version: section.version,
+        bytes: section.payload.len(),
+        vouched: if section.exact { Vouched::Layout } else { Vouched::UniqueCut },
+    };
+    Judged { sections: state.sections.iter().map(section).collect(), end_mark: state.end_mark }
+}
+
+/// Derives the length of each section from the catalogue.
+struct Lengths<'c, 'b> {
+    blob: &'b [u8],
+    base: u64,
+    tables: &'c Tables<'c>,
+    unvouched: Unvouched,
+    sections: BTreeMap<(&'c str, u32), &'c SectionLayout>,
+}
+
+impl<'b> Lengths<'_, 'b> {
+    fn of(&self, section: &SectionStart<'b>) -> Result<Option<usize>, Violation> {
+        let at = self.base + section.start as u64;
+        let Some(known) = self.sections.get(&(section.name, section.instance)) else {
+            let found = format!("{:?}, instance {}", section.name, section.instance);
+            return Err(Violation::new("INV-S5", at, section.name, "a device of the target", found));
+        };
+        if known.version != section.version {
+            let (expected, found) =
+                (format!("version {}", known.version), format!("version {}", section.version));
+            return Err(Violation::new("INV-S7", at, section.name, expected, found));
+        }
+        let Some(layout) = known.layout else { return self.unknown(section, &known.why) };
+        let range = section.payload..section.limit;
+        let mut reader = Reader::new(self.tables, self.blob, self.base, section.name, range);
+        match reader.layout(layout) {
+            Ok(()) => Ok(Some(reader.at().saturating_sub(section.payload))),
+            Err(Stop::Layout(violation) | Stop::Value(violation)) => Err(violation),
+            Err(Stop::Unknown(why)) => self.unknown(section, &why),
+        }
+    }
+
+    /// A section without an exact length: the policy decides.
+    fn unknown(&self, section: &SectionStart<'b>, why: &str) -> Result<Option<usize>, Violation> {
+        match self.unvouched {
+            Unvouched::Report => Ok(fixed_length(section, self.blob)),
+            Unvouched::Refuse => {
+                let at = self.base + section.start as u64;
+                let expected = "a device whose state can be vouched for; the VM's policy can allow others";
+                let found = format!("{:?}: {why}", section.name);
+                Err(Violation::new("INV-D2", at, section.name, expected, found))
+            }
+        }
+    }
+}
+
+/// Every enrolled section came, in its version, and no other (INV-S5, S7, S10). No list means that none was enrolled.
+fn check_complete(state: &DeviceState<'_>, base: u64, enrolled: &[DeviceSection]) -> Result<(), Violation> {
+    let end = base + state.end_mark as u64;
+    if state.sections.is_empty() {
+        return Err(Violation::new("INV-S10", end, "devices", "device sections", "none"));
+    }
+    if enrolled.is_empty() {
+        return Ok(());
+    }
+    let mut missing: BTreeSet<_> =
+        enrolled.iter().map(|d| (d.name.as_str(), d.instance, d.version)).collect();
+    for section in &state.sections {
+        let at = base + section.start as u64;
+        if missing.remove(&(section.name, section.instance, section.version)) {
+            continue;
+        }
+        let other =
+            missing.iter().find(|(name, instance, _)| (*name, *instance) == (section.name, section.instance));
+        return Err(match other {
+            Some((_, _, version)) => {
+                let found = format!("version {}", section.version);
+                Violation::new("INV-S7", at, section.name, format!("version {version}"), found)
+            }
+            None => {
+                let found = format!("{:?}, instance {}", section.name, section.instance);
+                Violation::new("INV-S5", at, section.name, "an enrolled device", found)
+            }
+        });
+    }
+    match missing.first() {
+        None => Ok(()),
+        Some((name, instance, _)) => {
+            let expected = format!("{name:?}, instance {instance}");
+            Err(Violation::new("INV-S10", end, "devices", expected, "the end of the stream"))
+        }
+    }
+}
