@@ -21,6 +21,7 @@ const WITH_ENGINE: [&str; 5] = ["--package", "outrider-signature", "--features",
 /// Builds the programs that tests start, runs the tests, reports the skips.
 pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<ExitCode> {
     run::build_binaries(workspace, "dev")?;
+    run::build_scanner(workspace)?;
     let skips = workspace.lab_cache().join("skips");
     forget(&skips)?;
     let (ours, theirs): (Vec<&String>, Vec<&String>) = arguments.iter().partition(|word| *word == DENY_SKIPS);

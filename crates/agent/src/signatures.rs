@@ -110,7 +110,8 @@ impl Signatures {
         if let Some(trouble) = &verdict.trouble {
             findings.push(trouble_finding(trouble, verdict));
         }
-        if verdict.skipped_bytes > 0 {
+        // What a hit cut short let nothing pass.
+        if verdict.skipped_bytes > 0 && verdict.outcome != Outcome::Refuse(Cause::Hit) {
             findings.push(skipped_finding(verdict));
         }
         let room = MAX_FINDINGS - findings.len();
