@@ -11,7 +11,11 @@ use wire::qemu::{Event, Parser, ParserOptions};
 /// The device state of a stream, and its offset. A main channel beside multifd channels can't be parsed; its
 /// device state then has to start with `timer`, as it does on machines without PCI bridges.
 fn device_state(stream: &[u8]) -> (u64, &[u8]) {
-    let mut parser = Parser::new(ParserOptions { page_size_bytes: 4096, return_path_required: false });
+    let mut parser = Parser::new(ParserOptions {
+        page_size_bytes: 4096,
+        return_path_required: false,
+        ..ParserOptions::default()
+    });
     let mut begin = None;
     let parsed = parser.feed(stream, &mut |at: u64, event: Event<'_>| {
         if event == Event::DevicesBegin {
