@@ -19,9 +19,9 @@ struct Room {
 /// What pure rooms must not be linked with: no runtime, TLS, SQL, sockets or random numbers.
 const IMPURE: &[&str] = &["tokio", "rustls", "aws-lc-rs", "sqlx", "socket2", "rand", "getrandom", "rustix"];
 /// What the sandboxed agent must not be linked with.
-const NO_AGENT: &[&str] = &["tokio", "sqlx", "tonic", "hyper", "axum"];
+const NO_AGENT: &[&str] = &["tokio", "sqlx", "tonic", "hyper", "axum", "yara-x"];
 
-const ROOMS: [Room; 13] = [
+const ROOMS: [Room; 15] = [
     room("outrider-types", &[], IMPURE),
     room("outrider-wire", &["outrider-types"], IMPURE),
     room("outrider-engine", &["outrider-types", "outrider-wire"], IMPURE),
@@ -30,13 +30,24 @@ const ROOMS: [Room; 13] = [
         &["outrider-types", "outrider-wire", "outrider-engine"],
         &["tokio", "sqlx"],
     ),
+    room("outrider-sandbox", &[], NO_AGENT),
+    // The library is pure; its program, behind a feature, is not.
+    room("outrider-signature", &["outrider-sandbox"], IMPURE),
     room("outrider-permit", &["outrider-types"], &["tokio", "rustls", "sqlx"]),
     room("outrider-api", &["outrider-types"], &["sqlx", "rustls"]),
     room("outrider-registry", &["outrider-types", "outrider-permit"], &["tonic", "axum"]),
     room("outrider-link", &["outrider-types", "outrider-permit"], &["sqlx"]),
     room(
         "outrider-agent",
-        &["outrider-types", "outrider-wire", "outrider-engine", "outrider-permit", "outrider-link"],
+        &[
+            "outrider-types",
+            "outrider-wire",
+            "outrider-engine",
+            "outrider-permit",
+            "outrider-link",
+            "outrider-sandbox",
+            "outrider-signature",
+        ],
         NO_AGENT,
     ),
     room(
@@ -60,6 +71,7 @@ const ROOMS: [Room; 13] = [
             "outrider-permit",
             "outrider-api",
             "outrider-link",
+            "outrider-signature",
         ],
         &["sqlx"],
     ),

@@ -49,7 +49,10 @@ fn format(workspace: &Workspace) -> Result<()> {
 
 fn lints(workspace: &Workspace) -> Result<()> {
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
-    run::step(workspace.cargo().args(clippy))
+    run::step(workspace.cargo().args(clippy))?;
+    let scanner =
+        ["clippy", "--quiet", "--package", "outrider-signature", "--features", "yara", "--all-targets"];
+    run::step(workspace.cargo().args(scanner).args(["--", "-D", "warnings"]))
 }
 
 fn documentation(workspace: &Workspace) -> Result<()> {

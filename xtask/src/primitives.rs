@@ -27,11 +27,17 @@ const KILLERS: &[&str] = &[
     "host/src/migration/",
     "host/src/vms/",
     "host/src/agents.rs",
+    "host/src/scanner.rs",
     "host/src/sweep.rs",
 ];
-/// Ending all that is in a group: half-started QEMUs, agents, dry runs; never a QEMU that may hold a guest.
-const SWEEPERS: &[&str] =
-    &["host/src/sweep.rs", "host/src/agents.rs", "host/src/vms/mod.rs", "host/src/qemu/catalogue/"];
+/// Ending all that is in a group: half-started QEMUs, agents, scanners, dry runs; never a QEMU that may hold a guest.
+const SWEEPERS: &[&str] = &[
+    "host/src/sweep.rs",
+    "host/src/agents.rs",
+    "host/src/scanner.rs",
+    "host/src/vms/mod.rs",
+    "host/src/qemu/catalogue/",
+];
 /// Letting a guest run: the hand-over's effects, and the first start of a VM.
 const MONITOR: &[&str] =
     &["host/src/migration/hypervisor.rs", "host/src/migration/target.rs", "host/src/vms/mod.rs"];

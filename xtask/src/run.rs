@@ -99,6 +99,20 @@ pub(crate) fn build_binaries(workspace: &Workspace, profile: &str) -> Result<()>
     ]))
 }
 
+/// Builds the scanner of signatures, whose engine takes minutes: only for tests of the whole.
+pub(crate) fn build_scanner(workspace: &Workspace) -> Result<()> {
+    step(workspace.cargo().args([
+        "build",
+        "--quiet",
+        "-p",
+        "outrider-signature",
+        "--features",
+        "yara",
+        "--bin",
+        "outrider-scanner",
+    ]))
+}
+
 fn shown(command: &Command) -> String {
     std::iter::once(command.get_program())
         .chain(command.get_args())

@@ -10,6 +10,7 @@ use types::handover::Side;
 use types::inventory::Inventory;
 use types::layout::Catalogue;
 use types::permit::{MAX_MULTIFD_CHANNELS, PermitClaims};
+use types::profile::{InspectionProfile, UnknownProfile};
 use types::{ErrorCode, MigrationId};
 
 /// What [`types::agent::ToAgent::Hello`] settled.
@@ -34,6 +35,8 @@ pub struct Armed {
     pub lanes: usize,
     /// What the stream must look like.
     pub inventory: Inventory,
+    /// How the stream is looked at.
+    pub profile: InspectionProfile,
     /// What the target's own QEMU makes of its devices; the source needs none.
     pub catalogue: Option<Catalogue>,
     /// How long the transfer may take from now: the duration budget or the run deadline, whichever is shorter.
@@ -80,6 +83,9 @@ pub enum Refusal {
     /// It allows what can't be inspected, or the inventory is unusable.
     #[error("{0}")]
     Unsupported(Unsupported),
+    /// It asks for an inspection that this version does not know.
+    #[error("{0}")]
+    Profile(UnknownProfile),
     /// Devices would be refused one by one.
     #[error("the permit asks for devices that a catalogue vouches for, and no catalogue was given")]
     NoCatalogue,
@@ -120,6 +126,7 @@ pub fn arm(
         return Err(Refusal::WrongMigration { named, ours: identity.migration });
     }
     let limits = Limits::of_permit(permit.claims()).map_err(Refusal::Unsupported)?;
+    let profile: InspectionProfile = permit.claims().inspection_profile.parse().map_err(Refusal::Profile)?;
     let lanes = usize::from(limits.multifd.map_or(0, |multifd| multifd.channels)) + 1;
     if lanes > usize::from(MAX_MULTIFD_CHANNELS) + 1 {
         return Err(Refusal::Unsupported(Unsupported::Feature {
@@ -131,7 +138,7 @@ pub fn arm(
     }
     Inspector::new(&inventory, catalogue.as_ref(), &limits).map_err(Refusal::Unsupported)?;
     let time_left = time_left(permit.claims(), now_unix_s);
-    Ok(Armed { permit, limits, lanes, inventory, catalogue, time_left })
+    Ok(Armed { permit, limits, lanes, inventory, profile, catalogue, time_left })
 }
 
 fn key_ring(keys: &[(String, String)]) -> Result<KeyRing, Refusal> {

@@ -14,6 +14,7 @@
 //! | `session` | the poll loop that joins them to their sockets |
 //! | `lane` | one QEMU connection and the channel that carries it: the main one, and one for each multifd channel |
 //! | `control`, `peer`, `queue` | the daemon's socket, the other agent's end of a lane, bounded output |
+//! | `signatures` | guest pages to a scanner, and its verdict |
 //! | `sandbox` | what the process gives up before the first byte |
 //!
 //! Invariants met here: nothing is read from QEMU to be sent before the peer proved the permit's key on every lane
@@ -30,5 +31,6 @@ pub mod peer;
 pub mod queue;
 pub mod sandbox;
 pub mod session;
+pub mod signatures;
 pub mod source;
 pub mod target;

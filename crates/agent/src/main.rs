@@ -4,11 +4,9 @@
 use link::channel::EphemeralKey;
 use outrider_agent::control::Control;
 use outrider_agent::session::Session;
-use outrider_agent::{log, sandbox};
+use outrider_agent::{log, sandbox::PROFILE};
 use serde_json::json;
 use std::process::ExitCode;
-
-mod self_test;
 
 const DESCRIPTOR: &str = "OUTRIDER_AGENT_FD";
 
@@ -20,7 +18,9 @@ fn main() -> ExitCode {
             println!("outrider-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
         }
-        Some("--self-test-sandbox") => self_test::run(std::env::args().nth(2).as_deref().unwrap_or_default()),
+        Some("--self-test-sandbox") => {
+            sandbox::self_test::run(&PROFILE, std::env::args().nth(2).as_deref().unwrap_or_default())
+        }
         Some(_) => {
             eprintln!(
                 "outrider-agent is started by the Outrider host daemon; see `outrider host run --help`"
@@ -50,7 +50,7 @@ fn serve() -> ExitCode {
         Ok(key) => key,
         Err(error) => return failed("no-key", error.to_string()),
     };
-    match sandbox::enter() {
+    match sandbox::enter(&PROFILE) {
         Ok(in_force) => {
             let told = Session::new(control, in_force, key).run();
             if told { ExitCode::SUCCESS } else { ExitCode::from(4) }

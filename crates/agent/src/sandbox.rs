@@ -1,160 +1,27 @@
-//! What the process gives up before the first byte of a peer: new privileges, core dumps, being traced, the file
-//! system, new sockets, new programs, executable memory, and all but a few system calls.
-//!
-//! Best effort where the kernel lacks a part, and honest about it: [`enter`] says what is in force, and the daemon
-//! decides whether that is enough. The system-call filter kills: a parser that is made to do anything else costs one
-//! migration, not the host.
+//! What the agent keeps when it gives up the rest; see [`outrider_sandbox`](sandbox).
 
 use engine::inspect::MAX_GUEST_BYTES;
-use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetStatus, Scope};
-use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-};
-use std::collections::BTreeMap;
+use sandbox::{ExecutableMemory, Profile, SandboxError};
 
 /// Address space of an agent, beside the page maps of its VM: buffers, held device state, the binary.
 pub const MEMORY_BYTES: u64 = 256 << 20;
 /// The page maps of the largest VM: two bits for each page of 4 KiB.
 const MAX_MAP_BYTES: u64 = MAX_GUEST_BYTES / 4096 / 4;
-/// Control socket, 17 lanes with peer and QEMU, standard streams, and the few that are in flight.
+/// Control socket, 17 lanes with peer and QEMU, scanner, standard streams, and the few that are in flight.
 const MAX_DESCRIPTORS: u64 = 64;
 
-/// Why the sandbox could not be entered.
-#[derive(Debug, thiserror::Error)]
-pub enum SandboxError {
-    /// A limit could not be set.
-    #[error("{what} could not be set")]
-    Limit {
-        /// Which.
-        what: &'static str,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The filter could not be built or installed.
-    #[error("the system-call filter could not be installed: {0}")]
-    Seccomp(String),
-}
+/// Until the VM is known there is room for the largest.
+pub const PROFILE: Profile = Profile {
+    memory_bytes: MEMORY_BYTES + MAX_MAP_BYTES,
+    descriptors: MAX_DESCRIPTORS,
+    executable_memory: ExecutableMemory::Forbidden,
+    calls: &[],
+};
 
-/// Gives up everything that can be given up, and says what is in force.
-///
-/// # Errors
-/// A part failed that every kernel has; parts that a kernel may lack are left out of the text instead.
-pub fn enter() -> Result<String, SandboxError> {
-    let mut parts = limits()?;
-    parts.extend(landlock_part());
-    install_filter()?;
-    parts.push("seccomp".to_owned());
-    Ok(parts.join(" "))
-}
-
-/// Lowers the memory limit to what this VM needs; [`enter`] left room for the largest.
+/// Lowers the memory limit to what this VM needs.
 ///
 /// # Errors
 /// The limit could not be set.
 pub fn limit_memory(map_bytes: u64) -> Result<(), SandboxError> {
-    limit("memory", Resource::As, MEMORY_BYTES.saturating_add(map_bytes))
-}
-
-fn limit(what: &'static str, resource: Resource, value: u64) -> Result<(), SandboxError> {
-    let limit = Rlimit { current: Some(value), maximum: Some(value) };
-    setrlimit(resource, limit).map_err(|errno| SandboxError::Limit { what, source: errno.into() })
-}
-
-fn limits() -> Result<Vec<String>, SandboxError> {
-    let failed = |what| move |errno: rustix::io::Errno| SandboxError::Limit { what, source: errno.into() };
-    rustix::thread::set_no_new_privs(true).map_err(failed("no-new-privs"))?;
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("not-dumpable"))?;
-    limit("core", Resource::Core, 0)?;
-    limit("memory", Resource::As, MEMORY_BYTES + MAX_MAP_BYTES)?;
-    limit("descriptors", Resource::Nofile, MAX_DESCRIPTORS)?;
-    limit("processes", Resource::Nproc, 0)?;
-    Ok(["no-new-privs", "not-dumpable", "rlimits"].map(str::to_owned).to_vec())
-}
-
-/// No path may be opened, no TCP port bound or connected to, no abstract socket or signal reach outside.
-/// Public for the self-test, which shows it without the filter in front of it.
-pub fn landlock_part() -> Option<String> {
-    let status = Ruleset::default()
-        .handle_access(AccessFs::from_all(ABI::V5))
-        .and_then(|rules| rules.handle_access(AccessNet::from_all(ABI::V4)))
-        .and_then(|rules| rules.scope(Scope::from_all(ABI::V6)))
-        .and_then(Ruleset::create)
-        .and_then(landlock::RulesetCreated::restrict_self)
-        .ok()?;
-    match status.ruleset {
-        RulesetStatus::FullyEnforced => Some("landlock".to_owned()),
-        RulesetStatus::PartiallyEnforced => Some("landlock-partial".to_owned()),
-        RulesetStatus::NotEnforced => None,
-    }
-}
-
-fn install_filter() -> Result<(), SandboxError> {
-    let failed = |e: &dyn std::fmt::Display| SandboxError::Seccomp(e.to_string());
-    let arch = std::env::consts::ARCH.try_into().map_err(|e: seccompiler::BackendError| failed(&e))?;
-    let rules = rules().map_err(|e| failed(&e))?;
-    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, arch)
-        .map_err(|e| failed(&e))?;
-    let program: BpfProgram = filter.try_into().map_err(|e: seccompiler::BackendError| failed(&e))?;
-    seccompiler::apply_filter(&program).map_err(|e| failed(&e))
-}
-
-/// Allowed whatever the arguments.
-const PLAIN: &[libc::c_long] = &[
-    // The relay.
-    libc::SYS_read,
-    libc::SYS_write,
-    libc::SYS_recvfrom,
-    libc::SYS_sendto,
-    libc::SYS_recvmsg,
-    libc::SYS_sendmsg,
-    libc::SYS_shutdown,
-    libc::SYS_close,
-    libc::SYS_ppoll,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_poll,
-    libc::SYS_clock_gettime,
-    libc::SYS_getrandom,
-    // Memory.
-    libc::SYS_brk,
-    libc::SYS_munmap,
-    libc::SYS_mremap,
-    libc::SYS_madvise,
-    // The runtime: locks, thread exit, abort.
-    libc::SYS_futex,
-    libc::SYS_sigaltstack,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_getpid,
-    libc::SYS_gettid,
-    libc::SYS_tgkill,
-    libc::SYS_restart_syscall,
-    libc::SYS_sched_yield,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
-];
-
-fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = PLAIN.iter().map(|call| (*call, Vec::new())).collect();
-    let only = |index, op, value| SeccompCondition::new(index, SeccompCmpArgLen::Dword, op, value);
-    let no_exec = |index| {
-        let exec = u64::from(libc::PROT_EXEC.cast_unsigned());
-        SeccompRule::new(vec![only(index, SeccompCmpOp::MaskedEq(exec), 0)?])
-    };
-    rules.insert(libc::SYS_mmap, vec![no_exec(2)?]);
-    rules.insert(libc::SYS_mprotect, vec![no_exec(2)?]);
-    let arg = |value: libc::c_int| u64::from(value.cast_unsigned());
-    let nodelay = vec![
-        only(1, SeccompCmpOp::Eq, arg(libc::IPPROTO_TCP))?,
-        only(2, SeccompCmpOp::Eq, arg(libc::TCP_NODELAY))?,
-    ];
-    // Our own limits, which can only be lowered any more.
-    rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![only(0, SeccompCmpOp::Eq, 0)?])?]);
-    // Debug builds of the standard library look at a descriptor before they close it.
-    let look = SeccompRule::new(vec![only(1, SeccompCmpOp::Eq, arg(libc::F_GETFD))?])?;
-    rules.insert(libc::SYS_fcntl, vec![look]);
-    rules.insert(libc::SYS_setsockopt, vec![SeccompRule::new(nodelay)?]);
-    Ok(rules)
+    sandbox::limit_memory(MEMORY_BYTES.saturating_add(map_bytes))
 }

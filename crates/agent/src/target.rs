@@ -1,15 +1,18 @@
 //! The target's half: inspects, releases, holds QEMU's final acknowledgement back. No I/O.
 //!
 //! ```text
-//! Receiving –END of every lane, inspector and digests agree→ Releasing –all written→ Accepted
+//! Receiving –END of every lane, inspector and digests agree→ [Judging –verdict→] Releasing –all written→ Accepted
 //!     └ anything breaks: end, QEMU's sockets close without another byte
+//!
+//! Judging only where the permit asks for signatures: the device state waits for the scanner's verdict.
 //! ```
 
 use crate::arm::Armed;
 use crate::effect::Effect;
 use crate::log;
+use crate::signatures::Judgement;
 use crate::source::{micros, return_finding};
-use engine::inspect::{Inspector, Pages, Unsupported, finding};
+use engine::inspect::{HeldState, Inspector, Output, Pages, Unsupported, finding};
 use serde_json::json;
 use std::time::{Duration, Instant};
 use types::ErrorCode;
@@ -19,9 +22,10 @@ use types::migration::{Finding, Severity};
 use wire::frame::Control;
 use wire::qemu::return_path::{Decoder, Message};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Stage {
     Receiving,
+    Judging { evidence: StreamEvidence, state: HeldState },
     Releasing { evidence: StreamEvidence, held_us: u64 },
     Accepted,
 }
@@ -33,6 +37,8 @@ pub struct Target {
     inspector: Inspector,
     lanes: Vec<Received>,
     held_since: Option<Instant>,
+    /// Whether the device state waits for a verdict.
+    awaits_verdict: bool,
     released_bytes: u64,
     time_budget: Instant,
     downtime_budget: Duration,
@@ -58,6 +64,23 @@ impl Received {
     }
 }
 
+/// Counts what is released on its way.
+struct Counted<'o> {
+    released_bytes: &'o mut u64,
+    out: &'o mut dyn Output,
+}
+
+impl Output for Counted<'_> {
+    fn release(&mut self, channel: u16, bytes: &[u8]) {
+        *self.released_bytes += bytes.len() as u64;
+        self.out.release(channel, bytes);
+    }
+
+    fn page(&mut self, block: usize, offset: u64, piece: &[u8]) {
+        self.out.page(block, offset, piece);
+    }
+}
+
 impl Target {
     /// A target that starts to receive at `now`.
     ///
@@ -70,6 +93,7 @@ impl Target {
             inspector: Inspector::new(&armed.inventory, armed.catalogue.as_ref(), &armed.limits)?,
             lanes: (0..armed.lanes).map(|_| Received::default()).collect(),
             held_since: None,
+            awaits_verdict: armed.profile.signatures,
             released_bytes: 0,
             time_budget: now + armed.time_left,
             downtime_budget: Duration::from_millis(claims.downtime_budget_ms).min(armed.time_left),
@@ -98,6 +122,12 @@ impl Target {
         self.inspector.pages()
     }
 
+    /// The name of a RAM block by its index in the stream's own list.
+    #[must_use]
+    pub fn block_name(&self, index: usize) -> Option<String> {
+        self.inspector.block_name(index)
+    }
+
     /// Whether a lane is to be read. One that is ahead of the others waits, as QEMU would make it.
     #[must_use]
     pub fn wants(&self, lane: u16) -> bool {
@@ -108,7 +138,7 @@ impl Target {
         self.lanes.get(usize::from(lane)).is_some_and(|received| received.ended)
     }
 
-    /// Bytes of a lane. What may reach QEMU is given to `release`, with its lane.
+    /// Bytes of a lane. What may reach QEMU is given to `out`, with its lane, and so are the pages that it holds.
     ///
     /// # Errors
     /// The end, because a rule was broken.
@@ -117,7 +147,7 @@ impl Target {
         lane: u16,
         bytes: &[u8],
         now: Instant,
-        release: &mut dyn FnMut(u16, &[u8]),
+        out: &mut dyn Output,
     ) -> Result<(), Vec<Effect>> {
         // After the end nothing can be undone any more, and nothing of this reaches QEMU.
         let open = self.stage == Stage::Receiving && !self.has_ended(lane);
@@ -126,11 +156,8 @@ impl Target {
         };
         received.hasher.update(bytes);
         received.bytes += bytes.len() as u64;
-        let released = &mut self.released_bytes;
-        let result = self.inspector.feed(lane, bytes, &mut |lane: u16, piece: &[u8]| {
-            *released += piece.len() as u64;
-            release(lane, piece);
-        });
+        let mut counted = Counted { released_bytes: &mut self.released_bytes, out };
+        let result = self.inspector.feed(lane, bytes, &mut counted);
         if self.held_since.is_none() && self.inspector.held_bytes().is_some_and(|held| held > 0) {
             self.held_since = Some(now);
         }
@@ -190,6 +217,38 @@ impl Target {
         }
         let evidence =
             StreamEvidence::of_channels(&self.lanes.iter().map(Received::evidence).collect::<Vec<_>>());
+        if self.awaits_verdict {
+            self.stage = Stage::Judging { evidence, state };
+            return Vec::new();
+        }
+        self.release(evidence, state, now)
+    }
+
+    /// Whether only the verdict on guest pages is awaited.
+    #[must_use]
+    pub fn is_judging(&self) -> bool {
+        matches!(self.stage, Stage::Judging { .. })
+    }
+
+    /// The verdict on guest pages; before the end of the stream only one that refuses counts.
+    pub fn judged(&mut self, judgement: Judgement, now: Instant) -> Vec<Effect> {
+        let observed = |finding| Effect::report(FromAgent::Observed { finding: Box::new(finding) });
+        let mut effects: Vec<Effect> = Vec::new();
+        match (std::mem::replace(&mut self.stage, Stage::Receiving), judgement.refusal) {
+            (Stage::Receiving | Stage::Judging { .. }, Some(refusal)) => {
+                effects.extend(judgement.findings.into_iter().map(observed));
+                effects.push(reject(refusal));
+            }
+            (Stage::Judging { evidence, state }, None) => {
+                effects.extend(judgement.findings.into_iter().map(observed));
+                effects.extend(self.release(evidence, state, now));
+            }
+            (stage, _) => self.stage = stage,
+        }
+        effects
+    }
+
+    fn release(&mut self, evidence: StreamEvidence, state: HeldState, now: Instant) -> Vec<Effect> {
         let held_us = self.held_since.map_or(0, |since| micros(now.duration_since(since)));
         self.stage = Stage::Releasing { evidence, held_us };
         self.released_bytes += state.bytes.len() as u64;
@@ -251,7 +310,7 @@ impl Target {
 
     /// The channel is gone. An accepted stream needs it no more.
     pub fn peer_gone(&mut self, detail: &str) -> Vec<Effect> {
-        if self.stage == Stage::Receiving {
+        if matches!(self.stage, Stage::Receiving | Stage::Judging { .. }) {
             return vec![Effect::end(EndedBy::Peer, detail, ErrorCode::ChannelFailed)];
         }
         log::line("warning", "peer-gone-after-the-end", &[("detail", json!(detail))]);
@@ -261,9 +320,9 @@ impl Target {
     /// QEMU closed a socket: the main one as it should once it has acknowledged, the others when it has read the end.
     /// `flushed` says whether it had taken all of it.
     pub fn hypervisor_gone(&mut self, lane: u16, flushed: bool) -> Vec<Effect> {
-        let may_close = match (lane, self.stage) {
-            (0, stage) => self.acknowledged && stage == Stage::Accepted,
-            (_, Stage::Receiving) => false,
+        let may_close = match (lane, &self.stage) {
+            (0, stage) => self.acknowledged && *stage == Stage::Accepted,
+            (_, Stage::Receiving | Stage::Judging { .. }) => false,
             (_, Stage::Releasing { .. } | Stage::Accepted) => flushed,
         };
         if may_close {
@@ -281,7 +340,7 @@ impl Target {
 
     /// Time passed.
     pub fn tick(&mut self, now: Instant) -> Vec<Effect> {
-        if self.stage == Stage::Receiving && now >= self.time_budget {
+        if matches!(self.stage, Stage::Receiving | Stage::Judging { .. }) && now >= self.time_budget {
             let detail = "the stream takes longer than the permit allows";
             return vec![Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded)];
         }

@@ -8,17 +8,19 @@ mod lanes;
 mod streams;
 mod support;
 
-use engine::inspect::learn;
+use engine::inspect::{Violation, finding, learn};
 use lanes::Streams;
 use link::channel::EphemeralKey;
 use outrider_agent::arm::{Armed, Identity, arm};
 use outrider_agent::effect::{Effect, End};
+use outrider_agent::signatures::Judgement;
 use outrider_agent::source::Source;
 use outrider_agent::target::Target;
 use std::time::{Duration, Instant};
 use support::{NOW_UNIX_S, claims, migration, sign};
 use types::agent::{EndedBy, FromAgent};
 use types::handover::{Side, StreamEvidence};
+use types::migration::Finding;
 use types::{Digest, ErrorCode};
 use wire::frame::Control;
 
@@ -75,7 +77,9 @@ fn an_answer_to_a_ping_that_was_never_sent_ends_the_source() {
 fn target_with(stream: &[u8]) -> (Target, Vec<u8>) {
     let mut target = Target::new(&armed(), Instant::now()).unwrap();
     let mut released = Vec::new();
-    target.data(0, stream, Instant::now(), &mut |_, piece| released.extend_from_slice(piece)).unwrap();
+    target
+        .data(0, stream, Instant::now(), &mut |_: u16, piece: &[u8]| released.extend_from_slice(piece))
+        .unwrap();
     (target, released)
 }
 
@@ -98,6 +102,48 @@ fn digests_that_differ_release_no_device_state() {
     assert!([released, held.clone()].concat() == stream);
 }
 
+fn judging() -> (Target, Vec<u8>) {
+    let stream = streams::handmade();
+    let mut armed = armed();
+    armed.profile.signatures = true;
+    let mut target = Target::new(&armed, Instant::now()).unwrap();
+    target.data(0, &stream, Instant::now(), &mut |_: u16, _: &[u8]| {}).unwrap();
+    let evidence = StreamEvidence { stream_bytes: stream.len() as u64, digest: Digest::of(&stream) };
+    assert_eq!(target.control(0, Control::End(evidence), Instant::now()), []);
+    assert!(target.is_judging());
+    (target, stream)
+}
+
+fn signature_finding() -> Finding {
+    let violation = Violation::new("SIG-1", 0, "pc.ram at 0x1000", "no signature", "rule EICAR");
+    finding(&violation, 0, "terminated")
+}
+
+/// Signatures: the verdict comes before the device state is released.
+#[test]
+fn the_device_state_waits_for_the_verdict() {
+    let (mut target, stream) = judging();
+    assert_eq!(target.flushed(0), [], "nothing is accepted yet");
+    let clean = Judgement { refusal: None, findings: vec![signature_finding()] };
+    let effects = target.judged(clean.clone(), Instant::now());
+    let [Effect::Report(observed), Effect::ToHypervisor(held)] = &effects[..] else { panic!("{effects:?}") };
+    assert!(matches!(&**observed, FromAgent::Observed { .. }));
+    assert!(stream.ends_with(held) && held.len() == stream.len() - streams::Marks::of(&stream).devices);
+    assert_eq!(target.judged(clean, Instant::now()), [], "it is judged once");
+    assert_eq!(target.flushed(0).len(), 2);
+}
+
+#[test]
+fn a_verdict_that_refuses_releases_nothing() {
+    let refusing = Judgement { refusal: Some(signature_finding()), findings: vec![] };
+    let (mut target, _) = judging();
+    assert_eq!(rule(&target.judged(refusing.clone(), Instant::now())), Some("SIG-1"));
+    // Before the end as well; a clean one counts only then.
+    let (mut target, _) = target_with(&streams::handmade());
+    assert_eq!(target.judged(Judgement { refusal: None, findings: vec![] }, Instant::now()), []);
+    assert_eq!(rule(&target.judged(refusing, Instant::now())), Some("SIG-1"));
+}
+
 #[test]
 fn bytes_behind_the_end_are_dropped_with_the_peer() {
     let stream = streams::handmade();
@@ -105,7 +151,7 @@ fn bytes_behind_the_end_are_dropped_with_the_peer() {
     let good = StreamEvidence { stream_bytes: stream.len() as u64, digest: Digest::of(&stream) };
     target.control(0, Control::End(good), Instant::now());
     let mut released = 0;
-    let late = target.data(0, b"x", Instant::now(), &mut |_, piece| released += piece.len());
+    let late = target.data(0, b"x", Instant::now(), &mut |_: u16, piece: &[u8]| released += piece.len());
     assert_eq!(late, Err(vec![Effect::DropPeer]));
     assert_eq!(released, 0);
 }
@@ -125,7 +171,7 @@ fn an_end_without_a_complete_stream_is_refused() {
 fn target_with_lanes(streams: &Streams) -> Target {
     let mut target = Target::new(&armed_with(2), Instant::now()).unwrap();
     for (lane, bytes) in (0u16..).zip(&streams.0) {
-        target.data(lane, bytes, Instant::now(), &mut |_, _| ()).unwrap();
+        target.data(lane, bytes, Instant::now(), &mut |_: u16, _: &[u8]| ()).unwrap();
     }
     target
 }
@@ -189,7 +235,7 @@ fn bytes_or_another_end_behind_a_lanes_end_end_it() {
     let streams = Streams::new(2, 0, 5);
     let mut target = target_with_lanes(&streams);
     end(&mut target, &streams, 1);
-    let late = target.data(1, b"x", Instant::now(), &mut |_, _| panic!("released")).unwrap_err();
+    let late = target.data(1, b"x", Instant::now(), &mut |_: u16, _: &[u8]| panic!("released")).unwrap_err();
     assert!(is_end_by(&late, EndedBy::Peer), "{late:?}");
     let mut target = target_with_lanes(&streams);
     end(&mut target, &streams, 1);

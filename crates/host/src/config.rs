@@ -33,6 +33,12 @@ pub struct Config {
     /// The VM agent; `outrider-agent` beside the running executable when left out.
     #[serde(default)]
     pub agent_binary: Option<PathBuf>,
+    /// The scanner of signatures; `outrider-scanner` beside the running executable when left out.
+    #[serde(default)]
+    pub scanner_binary: Option<PathBuf>,
+    /// Rules for the scanner: a file, or a folder with files `*.yar` and `*.yara`.
+    #[serde(default)]
+    pub signature_rules: Option<PathBuf>,
     /// Address on the migration network: targets listen here, sources dial from here.
     pub migration_address: IpAddr,
     /// Ports for VM agents and for "please renounce", open only under a permit.
@@ -134,6 +140,9 @@ impl Config {
         if !self.state_folder.is_absolute() || !self.run_folder.is_absolute() {
             return bad("state_folder and run_folder must be absolute paths".to_owned());
         }
+        if self.signature_rules.as_ref().is_some_and(|path| !path.is_absolute()) {
+            return bad("signature_rules must be an absolute path".to_owned());
+        }
         if self.run_folder.as_os_str().len() > RUN_FOLDER_BYTES_MAX {
             return bad(format!(
                 "run_folder is {} bytes long; socket paths leave it at most {RUN_FOLDER_BYTES_MAX}",
@@ -176,6 +185,7 @@ mod tests {
             ("migration_address = '10.0.0.1'\ncgroup = '../x'", "plain names"),
             ("migration_address = '0.0.0.0'", "one address"),
             ("migration_address = '10.0.0.1'\nrun_folder = 'x'", "absolute"),
+            ("migration_address = '10.0.0.1'\nsignature_rules = 'x'", "absolute"),
         ] {
             let problem = Config::parse(text).expect_err(text);
             assert_eq!(problem.code, ErrorCode::BadConfiguration);

@@ -7,6 +7,7 @@ use crate::folders::Folders;
 use crate::journal::{Journal, JournalError};
 use crate::outbox::Outbox;
 use crate::peer::PeerSide;
+use crate::scanner::ScannerSpawner;
 use crate::vms::Vms;
 use api::fleet::{self, to_manager::Body};
 use engine::handover::journal::{Entry, NonceLedger, SourceEntry, SourceFact};
@@ -40,6 +41,8 @@ pub struct Daemon {
     pub vms: Arc<Vms>,
     /// Starts VM agents.
     pub spawner: AgentSpawner,
+    /// Starts scanners, where a permit asks for signatures.
+    pub scanners: ScannerSpawner,
     /// Agents that were spawned before their permit.
     pub idle_agents: Mutex<BTreeMap<(MigrationId, Side), IdleAgent>>,
     /// To the manager.

@@ -14,7 +14,7 @@
 //! | [`qmp`], [`qemu`], [`vms`] | QEMU: monitor, command line, life cycle, adoption |
 //! | [`cgroup`], [`freezer`], [`process`], [`sweep`], [`load`] | the kernel's side: groups, freezing with proof, pid descriptors |
 //! | [`journal`], [`daemon`], [`outbox`] | what is written down, shared, and told |
-//! | [`agents`], [`channel`], [`peer`] | processes and sockets of one migration |
+//! | [`agents`], [`scanner`], [`channel`], [`peer`] | processes and sockets of one migration |
 //! | [`migration`] | the hand-over |
 //! | [`session`], [`orders`], `rpc` | the manager |
 
@@ -38,6 +38,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 mod rpc;
+pub mod scanner;
 pub mod session;
 pub mod sweep;
 pub mod vms;
@@ -57,6 +58,7 @@ use crate::migration::registry::Migrations;
 use crate::migration::source::fresh_nonce;
 use crate::outbox::Outbox;
 use crate::peer::PeerSide;
+use crate::scanner::ScannerSpawner;
 use crate::session::{SessionKeeper, certificate_warning};
 use crate::vms::instance::Instance;
 use crate::vms::{Settings, Vms};
@@ -80,6 +82,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     private_folder(&folders.state.join("migrations")).map_err(|e| e.problem())?;
     let (daemon, ended) = assemble(&config, &identity, folders)?;
     daemon.spawner.end_orphans().await;
+    daemon.scanners.end_orphans().await;
     // A VM that is still frozen under a vote is held first, and decided about by its hand-over.
     daemon.vms.adopt().await.map_err(|e| e.problem())?;
     let migrations = Migrations::new(daemon.clone());
@@ -143,6 +146,12 @@ fn assemble(
             config.agent_binary.clone(),
             Hierarchies::detect().group(&config.cgroup).child("agents"),
             folders.run.join("agents"),
+        ),
+        scanners: ScannerSpawner::new(
+            config.scanner_binary.clone(),
+            config.signature_rules.clone(),
+            Hierarchies::detect().group(&config.cgroup).child("scanners"),
+            folders.run.join("scanners"),
         ),
         idle_agents: Mutex::default(),
         outbox: Outbox::default(),

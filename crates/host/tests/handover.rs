@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 use support::Manager;
-use support::host::{Host, missing, run_child};
+use support::host::{Host, missing, run_child, scanner};
 use types::ErrorCode;
 use types::inventory::Inventory;
 use types::permit::StreamFeatures;
@@ -378,6 +378,54 @@ async fn a_target_without_a_catalogue_takes_a_vm_only_where_the_permit_says_so()
     lab.manager.row("completed", id, completed).await;
     lab.a.only(0).await;
     lab.b.only(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_permit_that_asks_for_signatures_is_refused_without_a_scanner() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab().await else { return };
+    lab.manager.world.lock().unwrap().profile = Some("strict+signatures");
+    let (token, claims) = lab.manager.permit(&lab.spec, 1, "host-a", "host-b").await;
+    let refused = lab.manager.prepare(&token, &claims, &lab.spec, &lab.inventory).await.unwrap_err();
+    assert_eq!(refused.code, "missing-program", "{refused:?}");
+    assert!(refused.detail.contains("the permit asks for signatures"), "{refused:?}");
+    lab.decline_source(&claims).await;
+    lab.manager.row("given up", claims.key.migration, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+}
+
+/// Real QEMUs, both agents and the scanner; the firmware stands for what a rule looks for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signature_keeps_a_vm_where_it_is_and_a_clean_one_moves() {
+    let _turn = TURN.lock().await;
+    let scanner = match scanner() {
+        Ok(scanner) => scanner,
+        Err(reason) => return eprintln!("SKIPPED: {reason}"),
+    };
+    let Some(mut lab) = lab().await else { return };
+    let rules = lab._folder.path().join("rules.yar");
+    let rule = |text: &str| format!("rule looked_for {{ strings: $a = \"{text}\" condition: $a }}");
+    std::fs::write(&rules, rule("SeaBIOS")).unwrap();
+    let hellos = lab.manager.world.lock().unwrap().hellos.len();
+    lab.b.restart_with_scanner(&scanner, &rules);
+    lab.manager.until("host-b is back", |w| (w.hellos.len() > hellos).then_some(())).await;
+    lab.manager.world.lock().unwrap().profile = Some("strict+signatures");
+    let id = lab.migrate(1, "host-a", "host-b").await.key.migration;
+    let finding = lab.manager.event(id, "finding").await;
+    assert_eq!((&finding["rule"], &finding["threat"]), (&json!("SIG-1"), &json!("MM-10")), "{finding}");
+    assert_eq!(finding["found"], "rule looked_for", "{finding}");
+    lab.manager.row("given up", id, given_up).await;
+    lab.a.only(1).await;
+    lab.b.only(0).await;
+    assert_eq!(lab.a.guest().await, "running");
+
+    std::fs::write(&rules, rule("nothing holds this text")).unwrap();
+    let id = lab.migrate(3, "host-a", "host-b").await.key.migration;
+    lab.manager.row("completed", id, completed).await;
+    lab.a.only(0).await;
+    lab.b.only(1).await;
+    assert_eq!(lab.b.guest().await, "running");
 }
 
 #[tokio::test(flavor = "multi_thread")]

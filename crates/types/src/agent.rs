@@ -19,6 +19,9 @@ pub enum Descriptor {
     Peer,
     /// The UNIX connection to QEMU.
     Hypervisor,
+    /// Target, before the peer: the stream socket of a scanner that has its rules, where the permit's profile asks for
+    /// signatures.
+    Scanner,
     /// Target, before [`ToAgent::Arm`]: a file in memory that holds the catalogue of the VM's devices
     /// ([`crate::layout::Catalogue`], JSON, at most [`crate::layout::MAX_CATALOGUE_BYTES`]).
     Catalogue,
@@ -152,6 +155,11 @@ pub enum FromAgent {
     /// The inspector refused the stream. Nothing past the violation reached QEMU.
     Rejected {
         /// Why.
+        finding: Box<Finding>,
+    },
+    /// Something to report that ends nothing.
+    Observed {
+        /// What.
         finding: Box<Finding>,
     },
     /// Target: QEMU's final acknowledgement came and is held back for ever.

@@ -18,3 +18,4 @@ pub mod vm;
 pub use error::{ErrorCode, Problem};
 pub use handover::{Digest, Epoch, HandoverKey, Side};
 pub use id::{HostName, MigrationId, Name, Nonce, VmId};
+pub use profile::InspectionProfile;

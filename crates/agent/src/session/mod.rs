@@ -1,7 +1,8 @@
-//! The poll loop: the daemon's socket and two for each lane, one thread, no waiting on any single one of them.
+//! The poll loop: the daemon's socket, two for each lane and the scanner's where signatures are looked for; one thread,
+//! no waiting on any single one of them.
 //!
-//! Order within a turn: the daemon first, so that suspend and terminate never wait behind bulk; then the peers, QEMU,
-//! and time. Back-pressure goes both ways and lane by lane: a QEMU socket is not read while much waits for its lane's
+//! Order within a turn: the daemon first, so that suspend and terminate never wait behind bulk; then the peers, the
+//! scanner, QEMU, and time. Back-pressure goes both ways and lane by lane: a QEMU socket is not read while much waits for its lane's
 //! network, and a lane of the network is not read while much waits for its QEMU socket, or while the inspector waits
 //! for other lanes. The one exception is the handshakes, which block for [`crate::peer::HANDSHAKE_LIMIT`] at most,
 //! all together, before anything moves.
@@ -11,12 +12,14 @@
 //! | `orders` | what the daemon says |
 //! | `connect` | handshakes of all lanes, and QEMU's connections |
 //! | `relay` | bytes between QEMU and the network |
+//! | `verdict` | guest pages to the scanner, and what comes of its verdict |
 //! | `close` | what the halves ask for, and the end |
 
 mod close;
 mod connect;
 mod orders;
 mod relay;
+mod verdict;
 
 use crate::arm::{Armed, Identity};
 use crate::control::{Control, ControlError};
@@ -24,6 +27,7 @@ use crate::effect::End;
 use crate::lane::{Bounds, Lane};
 use crate::log;
 use crate::queue::Throttle;
+use crate::signatures::Signatures;
 use crate::source::Source;
 use crate::target::Target;
 use close::internal;
@@ -84,6 +88,7 @@ struct LaneReady {
 struct Ready {
     control: PollFlags,
     lanes: Vec<LaneReady>,
+    scanner: PollFlags,
 }
 
 /// One agent's life.
@@ -101,6 +106,8 @@ pub struct Session {
     /// When all handshakes must be done; set with the first connection.
     handshakes_until: Option<Instant>,
     half: Option<Half>,
+    /// On a target whose permit asks for signatures.
+    signatures: Option<Signatures>,
     suspended: bool,
     throttle: Throttle,
     /// The lane whose QEMU is read first in the next turn: what the throttle leaves goes to all of them.
@@ -126,6 +133,7 @@ impl Session {
             bounds: Bounds::of(1),
             handshakes_until: None,
             half: None,
+            signatures: None,
             suspended: false,
             throttle: Throttle::unlimited(now),
             first: 0,
@@ -157,6 +165,7 @@ impl Session {
         for (number, ready) in (0u16..).zip(&ready.lanes) {
             self.peer_turn(number, ready.peer)?;
         }
+        self.verdict_turn(ready.scanner)?;
         self.want_hypervisors()?;
         self.hypervisors_turn(&ready.lanes)?;
         self.time_turn()
@@ -181,6 +190,7 @@ impl Session {
                 watch(&mut fds, hypervisor),
             ]);
         }
+        let scanner = watch(&mut fds, self.signatures.as_ref().and_then(Signatures::interest));
         match poll(&mut fds, Some(&timeout)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(internal(format!("waiting failed: {errno}"))),
@@ -193,7 +203,7 @@ impl Session {
             peer: seen(peer),
             hypervisor: seen(hypervisor),
         });
-        Ok(Ready { control: seen(Some(0)), lanes: lanes.collect() })
+        Ok(Ready { control: seen(Some(0)), lanes: lanes.collect(), scanner: seen(scanner) })
     }
 
     fn timeout(&mut self, now: Instant) -> Duration {
@@ -205,6 +215,9 @@ impl Session {
             until = until.min(source.next_tick());
         }
         if let Some(deadline) = self.handshakes_until.filter(|_| self.half.is_none()) {
+            until = until.min(deadline);
+        }
+        if let Some(deadline) = self.signatures.as_ref().and_then(Signatures::deadline) {
             until = until.min(deadline);
         }
         let left = until.saturating_duration_since(now);

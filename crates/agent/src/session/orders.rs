@@ -5,6 +5,7 @@ use super::{Half, Session, Stop, on_half};
 use crate::arm::{Identity, arm};
 use crate::effect::{Effect, End};
 use crate::lane::{Bounds, CLOSED, Lane};
+use crate::signatures::Signatures;
 use crate::{log, sandbox};
 use engine::inspect::map_bytes;
 use rustix::event::PollFlags;
@@ -112,8 +113,14 @@ impl Session {
         if kind == Descriptor::Catalogue {
             return self.take_catalogue(fd);
         }
-        if self.armed.is_none() {
-            return Err(refused(ErrorCode::WrongState, "ATTACH before ARM"));
+        if kind == Descriptor::Scanner {
+            return self.take_scanner(fd);
+        }
+        if self.awaits_scanner().ok_or_else(|| refused(ErrorCode::WrongState, "ATTACH before ARM"))?
+            && kind == Descriptor::Peer
+        {
+            // The permit asks for what would not be done.
+            return Err(refused(ErrorCode::WrongState, "ATTACH of the peer before the permit's scanner"));
         }
         let Some(lane) = self.lane_mut(channel) else {
             return Err(refused(ErrorCode::BadRequest, "ATTACH for a channel that the permit does not name"));
@@ -130,6 +137,20 @@ impl Session {
             }
             _ => Err(refused(ErrorCode::WrongState, "ATTACH of a second descriptor of one kind")),
         }
+    }
+
+    /// Whether the permit asks this side for a scanner that is not there; nothing before there is a permit.
+    fn awaits_scanner(&self) -> Option<bool> {
+        let (identity, armed) = self.identity.as_ref().zip(self.armed.as_ref())?;
+        Some(identity.side == Side::Target && armed.profile.signatures && self.signatures.is_none())
+    }
+
+    fn take_scanner(&mut self, fd: OwnedFd) -> Result<(), Stop> {
+        let Some(armed) = self.armed.as_ref().filter(|_| self.awaits_scanner() == Some(true)) else {
+            return Err(refused(ErrorCode::WrongState, "a scanner that no permit asks for, or a second one"));
+        };
+        self.signatures = Some(Signatures::new(fd, signature::Policy::default(), &armed.inventory));
+        Ok(())
     }
 
     fn take_catalogue(&mut self, fd: OwnedFd) -> Result<(), Stop> {

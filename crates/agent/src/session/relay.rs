@@ -1,5 +1,6 @@
 //! Bytes between QEMU and the network, lane by lane.
 
+use super::verdict::Released;
 use super::{Half, LaneReady, Session, Stop, on_half};
 use crate::effect::Effect;
 use crate::lane::{CLOSED, Lane};
@@ -24,7 +25,7 @@ impl Session {
                     true if number == 0 => self.bounds.suspended_bytes,
                     _ => self.bounds.high_water_bytes,
                 };
-                waiting < high_water && target.wants(number)
+                waiting < high_water && target.wants(number) && self.scanner_has_room()
             }
         }
     }
@@ -90,13 +91,7 @@ impl Session {
         // Out of its lane meanwhile: what is released may belong to any of them.
         let peer = self.lane_mut(number).and_then(|lane| lane.peer.take());
         let (Some(mut peer), Some(half)) = (peer, &mut self.half) else { return (effects, Ok(())) };
-        let lanes = &mut self.lanes;
-        // Records are small: gathered, they cost QEMU and us one system call instead of two dozen.
-        let mut release = |lane: u16, piece: &[u8]| {
-            if let Some(lane) = lanes.get_mut(usize::from(lane)) {
-                lane.to_hypervisor.push(piece);
-            }
-        };
+        let mut released = Released { lanes: &mut self.lanes, signatures: self.signatures.as_mut() };
         let mut violated = false;
         let received = peer.receive(limit, |frame| {
             if violated {
@@ -104,7 +99,7 @@ impl Session {
             }
             match (frame, &mut *half) {
                 (Frame::Data(bytes), Half::Target(target)) => {
-                    if let Err(end) = target.data(number, bytes, now, &mut release) {
+                    if let Err(end) = target.data(number, bytes, now, &mut released) {
                         violated = true;
                         effects.extend(end);
                     }

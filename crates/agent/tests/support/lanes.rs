@@ -128,18 +128,24 @@ impl Lanes {
     /// Armed, connected, and the source's QEMU there.
     pub fn connect(lanes: u16, inventory: &Inventory, adjust: impl Fn(&mut PermitClaims)) -> Self {
         let mut all = Self::armed(lanes, inventory, adjust);
-        for lane in 0..=lanes {
-            all.connect_lane(lane, lane);
+        all.meet();
+        all
+    }
+
+    /// Connects the agents to each other on every lane, and the source's QEMU.
+    pub fn meet(&mut self) {
+        let lanes = u16::try_from(self.to.len()).unwrap();
+        for lane in 0..lanes {
+            self.connect_lane(lane, lane);
         }
-        for agent in [&mut all.pair.source, &mut all.pair.target] {
+        for agent in [&mut self.pair.source, &mut self.pair.target] {
             let FromAgent::Connected { channel } = agent.wait(|m| matches!(m, FromAgent::Connected { .. }))
             else {
                 unreachable!("waited for it")
             };
-            assert_eq!(channel.channels, lanes + 1);
+            assert_eq!(channel.channels, lanes);
         }
-        all.attach_source();
-        all
+        self.attach_source();
     }
 
     pub fn connect_lane(&mut self, at_source: u16, at_target: u16) {

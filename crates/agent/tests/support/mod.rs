@@ -282,13 +282,18 @@ impl Pair {
     /// Agents with a permit, connected to each other, not yet to any QEMU.
     pub fn connect(inventory: &Inventory, adjust: impl Fn(&mut PermitClaims)) -> Self {
         let mut pair = Self::armed(inventory, adjust);
+        pair.meet();
+        pair
+    }
+
+    /// Connects the agents to each other.
+    pub fn meet(&mut self) {
         let (dialled, accepted) = tcp();
-        pair.target.attach(Descriptor::Peer, &accepted);
-        pair.source.attach(Descriptor::Peer, &dialled);
-        for agent in [&mut pair.source, &mut pair.target] {
+        self.target.attach(Descriptor::Peer, &accepted);
+        self.source.attach(Descriptor::Peer, &dialled);
+        for agent in [&mut self.source, &mut self.target] {
             agent.wait(|m| matches!(m, FromAgent::Connected { .. }));
         }
-        pair
     }
 
     /// The same, with the test as QEMU on both sides.

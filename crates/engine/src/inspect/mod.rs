@@ -40,7 +40,7 @@ use record::{Cursor, Held, Judge, MainSink, Record};
 use types::inventory::Inventory;
 use types::layout::Catalogue;
 use wire::qemu::multifd::Style;
-use wire::qemu::{Parser, ParserOptions};
+use wire::qemu::{Parser, ParserOptions, printable};
 
 /// Where accepted bytes go.
 pub trait Output {
@@ -232,6 +232,12 @@ impl Inspector {
     #[must_use]
     pub fn held_bytes(&self) -> Option<usize> {
         self.held.begin.map(|_| self.held.bytes.len())
+    }
+
+    /// The name of a RAM block by its index in the stream's own list, fit to be shown.
+    #[must_use]
+    pub fn block_name(&self, index: usize) -> Option<String> {
+        self.parser.blocks()?.name(index).map(printable)
     }
 
     /// Pages so far.

@@ -315,7 +315,12 @@ impl Migrations {
                 "this host holds a copy of the VM already",
             ));
         }
-        claims.inspection_profile.parse().map_err(|e: UnknownProfile| refused(&e.to_string()))
+        let profile: InspectionProfile =
+            claims.inspection_profile.parse().map_err(|e: UnknownProfile| refused(&e.to_string()))?;
+        if profile.signatures {
+            self.daemon.scanners.check()?;
+        }
+        Ok(profile)
     }
 
     /// Starts a source. Repeating the order is harmless and is answered the same.

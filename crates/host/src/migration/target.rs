@@ -3,7 +3,7 @@
 use super::attempt::AttemptFile;
 use super::hypervisor;
 use super::incoming::Incoming;
-use super::link::{AgentLink, next_of, tell_lost};
+use super::link::{AgentLink, channel_problem, next_of, tell_lost};
 use super::timers::Timers;
 use super::{
     Answer, Control, Crash, Input, Line, Machine, Mirror, PeerAnswer, Work, answer, ms_between, name_of,
@@ -14,6 +14,7 @@ use crate::channel;
 use crate::daemon::{Daemon, IdleAgent, lock};
 use crate::peer::PeerServer;
 use crate::qmp::QmpError;
+use crate::scanner::Scanner;
 use crate::vms::instance::Instance;
 use crate::vms::record::Phase;
 use engine::handover::journal::{Entry, TargetEntry};
@@ -86,6 +87,7 @@ pub struct TargetShell {
     own_inbox: mpsc::WeakSender<Input>,
     mirror: Mirror,
     agent: Option<AgentLink>,
+    scanner: Option<Scanner>,
     incoming: Option<Incoming>,
     peer: Option<mpsc::Receiver<std::io::Result<OwnedFd>>>,
     /// Connections of the source so far.
@@ -132,6 +134,7 @@ impl TargetShell {
             own_inbox,
             mirror,
             agent: None,
+            scanner: None,
             incoming: None,
             peer: None,
             peers: 0,
@@ -349,6 +352,11 @@ impl TargetShell {
                     format!("{}: expected {}, found {}", finding.rule, finding.expected, finding.found);
                 Some(Event::StreamRejected { detail: text })
             }
+            FromAgent::Observed { finding } => {
+                let detail = serde_json::to_value(&*finding).unwrap_or_default();
+                self.daemon.event(migration, "finding", detail);
+                None
+            }
             FromAgent::Ended { what, detail, .. } => {
                 self.daemon.event(migration, "ended", json!({"what": what, "detail": detail}));
                 Some(Event::ChannelLost { detail })
@@ -481,7 +489,7 @@ impl TargetShell {
             self.daemon.vms.prepare(&setup.spec, &key, &setup.inventory)
         );
         self.instance = started.as_ref().ok().cloned();
-        armed?;
+        self.scanner = armed?;
         let instance = started?;
         let failed = |e: QmpError| Problem::new(ErrorCode::HypervisorFailed, e.to_string());
         let monitor = instance.monitor().await.map_err(failed)?;
@@ -626,6 +634,9 @@ impl TargetShell {
         if let Some(link) = self.agent.take() {
             link.agent().end().await;
         }
+        if let Some(scanner) = self.scanner.take() {
+            scanner.end().await;
+        }
     }
 
     fn stop_accepting(&mut self) {
@@ -642,8 +653,30 @@ impl TargetShell {
     }
 }
 
-/// Has the agent take this host's catalogue of the VM's devices, then the permit.
+/// Has the agent take this host's catalogue of the VM's devices, then the permit, then its scanner where the permit
+/// asks for signatures: an agent without it takes no peer.
 async fn arm(
+    link: &mut AgentLink,
+    daemon: &Daemon,
+    setup: &Setup,
+    profile: InspectionProfile,
+) -> Result<Option<Scanner>, Problem> {
+    // It compiles its rules meanwhile.
+    let (armed, scanner) = tokio::join!(give_permit(link, daemon, setup, profile), async {
+        if profile.signatures { daemon.scanners.spawn().await.map(Some) } else { Ok(None) }
+    });
+    let Some((scanner, socket, _)) = scanner? else { return armed.map(|()| None) };
+    let attached = match armed {
+        Ok(()) => link.agent().attach(0, Descriptor::Scanner, socket).await.map_err(channel_problem),
+        Err(problem) => Err(problem),
+    };
+    if attached.is_err() {
+        scanner.end().await;
+    }
+    attached.map(|()| Some(scanner))
+}
+
+async fn give_permit(
     link: &mut AgentLink,
     daemon: &Daemon,
     setup: &Setup,

@@ -23,6 +23,15 @@ pub fn missing() -> Option<String> {
     None
 }
 
+/// The scanner, or why a test of it can't run.
+pub fn scanner() -> Result<PathBuf, String> {
+    let path = agent().with_file_name("outrider-scanner");
+    if path.is_file() {
+        return Ok(path);
+    }
+    Err(format!("{} is not built (`cargo xtask test` builds it)", path.display()))
+}
+
 fn agent() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     test.parent().unwrap().parent().unwrap().join("outrider-agent")
@@ -100,9 +109,21 @@ impl Host {
     pub fn restart_with(&mut self, qemu: &Path) {
         self.kill();
         std::fs::remove_dir_all(self.folder.join("s/catalogue")).ok();
-        let text = std::fs::read_to_string(&self.config).unwrap();
-        std::fs::write(&self.config, format!("{text}qemu_binary = '{}'\n", qemu.display())).unwrap();
+        self.configure(&format!("qemu_binary = '{}'\n", qemu.display()));
         self.launch();
+    }
+
+    /// Starts it anew with a scanner and its rules.
+    pub fn restart_with_scanner(&mut self, scanner: &Path, rules: &Path) {
+        self.kill();
+        let (scanner, rules) = (scanner.display(), rules.display());
+        self.configure(&format!("scanner_binary = '{scanner}'\nsignature_rules = '{rules}'\n"));
+        self.launch();
+    }
+
+    fn configure(&self, lines: &str) {
+        let text = std::fs::read_to_string(&self.config).unwrap();
+        std::fs::write(&self.config, format!("{text}{lines}")).unwrap();
     }
 
     pub fn pid(&self) -> u32 {
@@ -116,7 +137,10 @@ impl Host {
     /// Processes of QEMUs (not agents).
     pub fn qemus(&self) -> Vec<u32> {
         let all = self.group().children();
-        all.iter().filter(|g| !g.path().ends_with("/agents")).flat_map(Group::processes).collect()
+        all.iter()
+            .filter(|g| !["/agents", "/scanners"].iter().any(|own| g.path().ends_with(own)))
+            .flat_map(Group::processes)
+            .collect()
     }
 
     pub fn agents(&self) -> Vec<u32> {
@@ -172,7 +196,10 @@ impl Host {
         self.until("only running VMs are left", |h| {
             let count = |sub: &str| {
                 let all = std::fs::read_dir(h.folder.join(sub)).map(|d| d.flatten().collect::<Vec<_>>());
-                all.unwrap_or_default().iter().filter(|e| e.file_name() != "agents").count()
+                all.unwrap_or_default()
+                    .iter()
+                    .filter(|e| e.file_name() != "agents" && e.file_name() != "scanners")
+                    .count()
             };
             h.qemus().len() == vms
                 && h.agents().len() <= SPARE_AGENTS
@@ -180,6 +207,8 @@ impl Host {
                 && count("s/vms") == vms
                 && count("s/migrations") == 0
                 && count("r/agents") <= SPARE_AGENTS
+                && count("r/scanners") == 0
+                && h.group().child("scanners").children().is_empty()
                 && h.group().child("agents").children().len() <= SPARE_AGENTS
         })
         .await;

@@ -233,20 +233,18 @@ impl Manager {
         let migration = MigrationId::from_bytes(random());
         let agents =
             [self.agent(from, migration, Side::Source).await, self.agent(to, migration, Side::Target).await];
-        let (part, journal) = {
+        let (part, journal, features, profile) = {
             let world = self.world.lock().unwrap();
             let part = |host: &str, agent: &Vec<u8>| HostPart {
                 host: host.parse().unwrap(),
                 agent_spki: agent.clone(),
                 daemon_key: world.keys[host].0.clone(),
             };
-            ([part(from, &agents[0]), part(to, &agents[1])], world.keys[to].1.parse().unwrap())
+            let journal = world.keys[to].1.parse().unwrap();
+            let profile = world.profile.unwrap_or("strict").to_owned();
+            ([part(from, &agents[0]), part(to, &agents[1])], journal, world.features.clone(), profile)
         };
         let [source, target] = part;
-        let (features, profile) = {
-            let world = self.world.lock().unwrap();
-            (world.features.clone(), world.profile.unwrap_or("strict"))
-        };
         let claims = PermitClaims {
             version: 1,
             key: HandoverKey {
@@ -267,7 +265,7 @@ impl Manager {
             duration_budget_ms: 600_000,
             downtime_budget_ms: 5_000,
             features,
-            inspection_profile: profile.to_owned(),
+            inspection_profile: profile,
             compatibility: "qemu".to_owned(),
         };
         let token = permit::issue(&self.permit_key, "k1", &claims).unwrap();
