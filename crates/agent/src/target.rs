@@ -12,7 +12,7 @@ use crate::effect::Effect;
 use crate::log;
 use crate::signatures::Judgement;
 use crate::source::{micros, return_finding};
-use engine::inspect::{HeldState, Inspector, Output, Pages, Unsupported, finding};
+use engine::inspect::{HeldState, Inspector, Output, Pages, Unsupported, Violation, finding};
 use serde_json::json;
 use std::time::{Duration, Instant};
 use types::ErrorCode;
@@ -21,6 +21,9 @@ use types::handover::{Digest, StreamEvidence};
 use types::migration::{Finding, Severity};
 use wire::frame::Control;
 use wire::qemu::return_path::{Decoder, Message};
+
+/// A stream that stands still for this long is not going to end; suspended ones are meant to.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Stage {
@@ -45,6 +48,9 @@ pub struct Target {
     /// When the main lane had ended: the guest is stopped, and the others have that long.
     main_ended: Option<Instant>,
     suspended: bool,
+    peer_suspended: bool,
+    /// When a byte of the stream came last, or could not have come.
+    last_byte: Instant,
     returns: Decoder,
     acknowledged: bool,
 }
@@ -99,6 +105,8 @@ impl Target {
             downtime_budget: Duration::from_millis(claims.downtime_budget_ms).min(armed.time_left),
             main_ended: None,
             suspended: false,
+            peer_suspended: false,
+            last_byte: now,
             returns: Decoder::default(),
             acknowledged: false,
         })
@@ -154,6 +162,7 @@ impl Target {
         let Some(received) = self.lanes.get_mut(usize::from(lane)).filter(|_| open) else {
             return Err(self.peer_gone("the other agent sent stream bytes after the end"));
         };
+        self.last_byte = now;
         received.hasher.update(bytes);
         received.bytes += bytes.len() as u64;
         let mut counted = Counted { released_bytes: &mut self.released_bytes, out };
@@ -186,7 +195,12 @@ impl Target {
                 self.peer_gone(&format!("the other agent gave up: {code}: {text}"))
             }
             // Informational: nothing arrives while the source is suspended.
-            Control::Suspended | Control::Resumed | Control::Pong(_) => Vec::new(),
+            Control::Suspended | Control::Resumed => {
+                self.peer_suspended = control == Control::Suspended;
+                self.last_byte = now;
+                Vec::new()
+            }
+            Control::Pong(_) => Vec::new(),
         }
     }
 
@@ -349,7 +363,25 @@ impl Target {
             let detail = "the guest is stopped and its stream does not end within the downtime budget";
             return vec![Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded)];
         }
+        if self.suspended || self.peer_suspended {
+            self.last_byte = now;
+        }
+        if self.stage == Stage::Receiving && now >= self.last_byte + SILENCE_LIMIT {
+            return vec![reject(self.silence())];
+        }
         Vec::new()
+    }
+
+    /// An honest source always sends: while it has nothing new it says so, many times a second.
+    fn silence(&self) -> Finding {
+        let violation = Violation::new(
+            "INV-T5",
+            self.inspector.stream_bytes(),
+            "stream",
+            format!("a byte at least every {} s", SILENCE_LIMIT.as_secs()),
+            "silence",
+        );
+        finding(&violation, 0, "terminated")
     }
 }
 

@@ -224,7 +224,7 @@ fn a_missing_end_runs_into_the_downtime_budget() {
     let streams = Streams::new(2, 0, 5);
     let (mut target, begin) = (target_with_lanes(&streams), Instant::now());
     end(&mut target, &streams, 1);
-    assert_eq!(target.tick(begin + Duration::from_secs(60)), [], "the guest still runs");
+    assert_eq!(target.tick(begin + Duration::from_secs(50)), [], "the guest still runs");
     end(&mut target, &streams, 0);
     assert_eq!(target.tick(begin + Duration::from_secs(4)), []);
     assert!(is_end_by(&target.tick(begin + Duration::from_secs(6)), EndedBy::Budget));
@@ -293,4 +293,19 @@ fn a_source_ends_when_every_lane_is_drained() {
     let reported = source.flushed(now);
     assert!(matches!(&reported[..], [Effect::Report(report)]
         if matches!(**report, FromAgent::EndOfStream { evidence, .. } if evidence == streams.evidence())));
+}
+
+/// INV-T5: a stream that stands still ends, unless somebody holds it.
+#[test]
+fn a_silent_stream_is_ended_and_a_suspended_one_is_not() {
+    let begin = Instant::now();
+    let at = |seconds| begin + Duration::from_secs(seconds);
+    let mut target = Target::new(&armed(), begin).unwrap();
+    assert!(target.tick(at(59)).is_empty());
+    assert_eq!(rule(&target.tick(at(61))), Some("INV-T5"));
+    let mut held = Target::new(&armed(), begin).unwrap();
+    held.control(0, Control::Suspended, at(50));
+    assert!(held.tick(at(100)).is_empty());
+    held.control(0, Control::Resumed, at(101));
+    assert!(held.tick(at(115)).is_empty());
 }
