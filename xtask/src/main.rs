@@ -29,7 +29,7 @@ usage: cargo xtask COMMAND
   evidence NAME        a long count, kept as evidence/NAME.json; --share N: one in N of it, not kept; --seed S
   evidence --list      the kinds; --check: which records are older than the code they speak of
   demo  [--yes] [ARG…] live-migrate a real guest; ARGs go to `outrider-lab demo`
-  bench [--yes] [ARG…] compare with plain QEMU; ARGs go to `outrider-lab bench`
+  bench [--yes] [ARG…] the inspector beside memcpy, then migrations beside plain QEMU's; ARGs go to `outrider-lab bench`
 
   --yes  do not ask before installing packages (nor is anything asked without a terminal)";
 
@@ -61,6 +61,9 @@ fn dispatch(arguments: Vec<String>) -> Result<ExitCode> {
         "evidence" => evidence(&workspace, consent, &rest),
         "demo" | "bench" => {
             setup(&workspace, consent)?;
+            if command == "bench" {
+                inspector_speed(&workspace)?;
+            }
             lab(&workspace, &command, &rest)
         }
         "help" | "--help" | "-h" => {
@@ -76,6 +79,12 @@ fn dispatch(arguments: Vec<String>) -> Result<ExitCode> {
             Ok(ExitCode::from(2))
         }
     }
+}
+
+/// The inspector beside memcpy of the same bytes, in one run.
+fn inspector_speed(workspace: &Workspace) -> Result<()> {
+    let example = ["run", "--quiet", "--release", "-p", "outrider-engine", "--example", "inspect_speed"];
+    run::step(workspace.cargo().args(example))
 }
 
 fn setup(workspace: &Workspace, consent: Consent) -> Result<()> {

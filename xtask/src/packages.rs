@@ -69,6 +69,11 @@ pub(crate) fn ensure(workspace: &Workspace, consent: Consent) -> Result<()> {
     ensure_nextest(workspace)
 }
 
+/// Where the older QEMU is unpacked.
+pub(crate) fn older_qemu_folder(workspace: &Workspace) -> PathBuf {
+    workspace.lab_cache().join(download::OLDER_QEMU)
+}
+
 /// Where the guest's packages are unpacked.
 pub(crate) fn unpacked_folder(workspace: &Workspace) -> PathBuf {
     workspace.lab_cache().join(download::GUEST)

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 
 use crate::evidence;
+use crate::packages;
 use crate::run::{self, Workspace};
 
 /// With this argument a skipped test is a failure: what the project's own machines use.
@@ -27,8 +28,10 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<ExitCod
     let (ours, theirs): (Vec<&String>, Vec<&String>) = arguments.iter().partition(|word| *word == DENY_SKIPS);
     let nextest = |what: &[&str]| {
         let mut nextest = workspace.cargo();
-        nextest.args(["nextest", "run"]).args(what).args(&theirs);
-        run::step(nextest.env("OUTRIDER_SKIPS", &skips))
+        nextest.args(["nextest", "run"]).args(what).args(&theirs).env("OUTRIDER_SKIPS", &skips);
+        let older = packages::older_qemu_folder(workspace);
+        nextest.env("OUTRIDER_OLD_QEMU", older.join("usr")).env("OUTRIDER_TEST_QEMUS", with_firmware(&older));
+        run::step(&mut nextest)
     };
     let outcomes = [nextest(&WITHOUT_ENGINE), nextest(&WITH_ENGINE)];
     let skipped = fs::read_to_string(&skips).unwrap_or_default();
@@ -41,6 +44,14 @@ pub(crate) fn run(workspace: &Workspace, arguments: &[String]) -> Result<ExitCod
     let denied = count > 0 && !ours.is_empty();
     let shown = !theirs.is_empty() || evidence::test(workspace)?;
     Ok(ExitCode::from(u8::from(denied || !shown)))
+}
+
+/// The older QEMU's program, and where its firmware is: it is unpacked, not installed.
+fn with_firmware(folder: &Path) -> String {
+    let usr = folder.join("usr");
+    let firmware = ["share/qemu", "share/seabios", "lib/ipxe/qemu"].map(|at| usr.join(at));
+    let options: Vec<String> = firmware.iter().map(|at| format!("-L {}", at.display())).collect();
+    format!("{} {}", usr.join("bin/qemu-system-x86_64").display(), options.join(" "))
 }
 
 fn forget(skips: &Path) -> Result<()> {

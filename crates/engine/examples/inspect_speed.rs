@@ -2,7 +2,11 @@
 //!
 //! `cargo run --release -p outrider-engine --example inspect_speed [-- ROUNDS]` prints one JSON object.
 
-use outrider_engine::inspect::{Inspector, Limits};
+#[path = "../tests/support/dry_run.rs"]
+mod dry_run;
+
+use outrider_engine::inspect::devices::{Unvouched, compile, judge};
+use outrider_engine::inspect::{Inspector, Learner, Limits};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 use types::handover::Digest;
@@ -98,6 +102,31 @@ fn copy(stream: &[u8], sink: &mut [u8]) -> Duration {
     begin.elapsed()
 }
 
+/// Forty devices, 700 KB of state: how long it takes to judge them by their layouts. Nothing without a QEMU to ask.
+fn devices(rounds: usize) -> Option<serde_json::Value> {
+    let qemu = dry_run::qemus().into_iter().next()?;
+    let words: Vec<String> = (0..15)
+        .flat_map(|n| ["-device".to_owned(), format!("virtio-rng-pci,addr={:#x}", n + 2)])
+        .chain(["-device", "qemu-xhci,addr=0x12", "-device", "VGA,addr=0x13"].map(str::to_owned))
+        .collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let stream = qemu.dry_run("q35", &words)?;
+    let catalogue = compile(&stream, qemu.dump("q35").as_deref(), "qemu/bench").expect("a sound dry run");
+    let mut learner = Learner::default();
+    learner.feed(&stream).expect("a sound dry run");
+    let learned = learner.finish("qemu/bench").expect("a sound dry run");
+    let blob = &learned.device_state;
+    let judged = || judge(blob, 0, u32::MAX, 4096, &learned.inventory, Some(&catalogue), Unvouched::Refuse);
+    let timed = |_| {
+        let begin = Instant::now();
+        let judged = black_box(judged()).expect("the dry run itself");
+        (begin.elapsed(), judged.sections.len())
+    };
+    let (times, counts): (Vec<_>, Vec<_>) = (0..rounds.max(1)).map(timed).unzip();
+    let (milliseconds, sections) = (median(times) * 1e3, counts.first().copied().unwrap_or(0));
+    Some(serde_json::json!({"bytes": blob.len(), "sections": sections, "judged_in_ms": milliseconds}))
+}
+
 fn median(mut times: Vec<Duration>) -> f64 {
     times.sort_unstable();
     times[times.len() / 2].as_secs_f64()
@@ -118,12 +147,15 @@ fn main() {
     }
     let (copied, inspected, recorded) = (median(copies), median(inspections), median(records));
     let gigabytes = pages.len() as f64 / 1e9;
-    println!(
-        "{{\"pages\":{{\"memcpy_gb_per_s\":{:.2},\"inspector_gb_per_s\":{:.2},\"ratio_to_memcpy\":{:.2}}},\
-         \"zero_records\":{{\"million_per_s\":{:.1}}},\"rounds\":{rounds}}}",
-        gigabytes / copied,
-        gigabytes / inspected,
-        copied / inspected,
-        (zeros.len() / 9) as f64 / recorded / 1e6,
-    );
+    let report = serde_json::json!({
+        "pages": {
+            "memcpy_gb_per_s": gigabytes / copied,
+            "inspector_gb_per_s": gigabytes / inspected,
+            "ratio_to_memcpy": copied / inspected,
+        },
+        "zero_records": {"million_per_s": (zeros.len() / 9) as f64 / recorded / 1e6},
+        "devices": devices(rounds),
+        "rounds": rounds,
+    });
+    println!("{report:#}");
 }

@@ -12,7 +12,7 @@ use crate::run;
 /// Folder of the guest's kernel and busybox.
 pub(super) const GUEST: &str = "unpacked";
 /// Folder of the QEMU of the release itself. The lab looks for it by this name.
-const OLDER_QEMU: &str = "qemu72";
+pub(super) const OLDER_QEMU: &str = "qemu72";
 /// The package that depends on the newest cloud kernel.
 const KERNEL_META: &str = "linux-image-cloud-amd64";
 /// Written last, so that a broken attempt is repeated.
