@@ -290,29 +290,54 @@ fn record_old(mut qemu: Qemu) -> Vec<u8> {
     stream
 }
 
-/// What stock QEMU would accept, or crash on, never gets to it.
+/// Rows whose stream has no end that a source could see: they run into a budget instead.
+const ENDLESS: [&str; 7] = [
+    "deep description",
+    "11 absent",
+    "11 other bytes",
+    "11 other type",
+    "NUL in the description",
+    "truncated",
+    "stops in the ram section",
+];
+/// Rows with bytes behind a good end, which spoil the source's proof (tests/relay.rs).
+const MORE_BEHIND_THE_END: [&str; 2] = ["12", "two streams"];
+
+/// What stock QEMU would accept, or crash on, never gets to it: every row of the table, through real agents.
 #[test]
 fn no_mutation_is_loaded_by_a_real_qemu() {
     let Some((stream, _)) = prepared() else { return };
     let inventory = learn(&stream, "qemu/test").unwrap();
-    let rows =
-        ["2", "8", "9", "10", "16", "17", "18", "18 in a part", "45", "46", "6", "14", "28", "36", "37"];
-    let mut seen = 0;
-    for mutation in streams::mutations(&stream).into_iter().filter(|m| rows.contains(&m.row)) {
+    let mut rows = 0;
+    for mutation in streams::mutations(&stream) {
+        let row = mutation.row;
+        if MORE_BEHIND_THE_END.contains(&row) {
+            continue;
+        }
         let mut qemu = Qemu::start(true).unwrap();
-        let mut pair = Pair::connect(&inventory, |_| {});
+        let endless = ENDLESS.contains(&row);
+        let mut pair = Pair::connect(&inventory, |claims| {
+            if endless {
+                (claims.duration_budget_ms, claims.downtime_budget_ms) = (1500, 500);
+            }
+        });
         pair.target.attach(Descriptor::Hypervisor, qemu.receive());
         pair.attach_fake_source();
         let writer = pair.write(&mutation.bytes);
-        let rejected = pair.target.wait(|m| matches!(m, FromAgent::Rejected { .. }));
-        let FromAgent::Rejected { finding } = rejected else { unreachable!("waited for it") };
-        assert_eq!(finding.rule, mutation.rule, "row {}", mutation.row);
-        pair.source.wait(|m| matches!(m, FromAgent::Ended { what: EndedBy::Peer, .. }));
+        if endless {
+            pair.source.wait(|m| matches!(m, FromAgent::Ended { .. }));
+        } else {
+            let rejected = pair.target.wait(|m| matches!(m, FromAgent::Rejected { .. }));
+            let FromAgent::Rejected { finding } = rejected else { unreachable!("waited for it") };
+            assert_eq!(finding.rule, mutation.rule, "row {row}");
+            pair.source.wait(|m| matches!(m, FromAgent::Ended { what: EndedBy::Peer, .. }));
+        }
         writer.join().unwrap();
         let status =
             qemu.wait_for_status(&["completed", "failed", "QEMU is gone", "Broken pipe (os error 32)"]);
-        assert_ne!(status, "completed", "row {} was loaded", mutation.row);
-        seen += 1;
+        assert_ne!(status, "completed", "row {row} was loaded");
+        rows += 1;
     }
-    assert_eq!(seen, rows.len());
+    println!("{rows} violations, none loaded");
+    assert!(rows > 60, "only {rows} violations were tried");
 }
