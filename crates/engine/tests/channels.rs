@@ -272,3 +272,62 @@ fn other_firmware_is_refused() {
     let fed = inspector.feed(0, &stream, &mut |_: u16, _: &[u8]| {});
     assert_eq!(fed.unwrap_err().violation.rule, "INV-R14");
 }
+
+/// INV-R14: of two versions of a firmware page nobody can tell which QEMU will write last.
+#[test]
+fn firmware_in_two_versions_is_refused_in_any_order() {
+    let stream = support::handmade();
+    let marks = support::Marks::of(&stream);
+    let inventory = learn(&stream, "qemu/test").unwrap();
+    let evil = [&8u64.to_be_bytes()[..], b"\x06pc.rom", &[0x66; 4096]].concat();
+    for at in [marks.part + 5, marks.end_eos] {
+        let mutated = support::splice(&stream, at, 0, &evil);
+        let mut inspector = Inspector::new(&inventory, None, &Limits::default()).unwrap();
+        let fed =
+            mutated.chunks(777).try_for_each(|piece| inspector.feed(0, piece, &mut |_: u16, _: &[u8]| {}));
+        assert_eq!(fed.unwrap_err().violation.rule, "INV-R14");
+    }
+    let mut channels = good();
+    channels[0] = {
+        let main = main_channel();
+        support::splice(&main, marks.part + 5 + 8, 0, &evil)
+    };
+    let (_, verdict) = run(&inventory, &limits(), &channels, 500, 3);
+    assert_eq!(verdict.unwrap_err().violation.rule, "INV-R14");
+}
+
+/// INV-M8: QEMU may never read what comes behind the last SYNC.
+#[test]
+fn pages_behind_the_last_synchronisation_are_refused() {
+    let mut channels = good();
+    let first = Packets { bytes: channels[1].clone(), number: 4 };
+    channels[1] = first.zeros(&[4]).bytes;
+    check(&channels, Err(("INV-M8", 1)));
+}
+
+/// A header that is whole before the block list is there is released when it is, and not lost.
+#[test]
+fn a_packet_that_came_before_the_block_list_is_released() {
+    let inventory = learn(&support::handmade(), "qemu/test").unwrap();
+    let channels = good();
+    let mut inspector = Inspector::new(&inventory, None, &limits()).unwrap();
+    let mut released = vec![Vec::new(); 3];
+    let mut feed = |inspector: &mut Inspector, channel: u16, bytes: &[u8]| {
+        let mut out = |channel: u16, bytes: &[u8]| released[usize::from(channel)].extend_from_slice(bytes);
+        inspector.feed(channel, bytes, &mut out).unwrap();
+    };
+    let first_packet = 64 + 1344;
+    for piece in channels[1][..first_packet].chunks(100) {
+        feed(&mut inspector, 1, piece);
+    }
+    feed(&mut inspector, 0, &channels[0]);
+    let mut at = [0, first_packet, 0];
+    while let Some(n) = (1..3).find(|n| at[*n] < channels[*n].len() && inspector.wants(*n as u16)) {
+        let end = (at[n] + 10).min(channels[n].len());
+        feed(&mut inspector, n as u16, &channels[n][at[n]..end]);
+        at[n] = end;
+    }
+    inspector.finish().unwrap();
+    assert!(released[1] == channels[1] && released[2] == channels[2]);
+    assert_eq!(inspector.finish().unwrap_err().violation.rule, "INV-E3");
+}

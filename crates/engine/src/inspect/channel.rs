@@ -18,6 +18,8 @@ struct Channel {
     id: Option<u8>,
     /// Bytes that must wait for other channels.
     waiting: Vec<u8>,
+    /// Whether nothing but a SYNC came last: what comes behind the last one QEMU may never read.
+    at_sync: bool,
     fed: u64,
 }
 
@@ -44,6 +46,7 @@ impl Channels {
                 cursor: Cursor::default(),
                 id: None,
                 waiting: Vec::new(),
+                at_sync: false,
                 fed: 0,
             };
             (0..multifd.channels).map(|_| channel()).collect()
@@ -112,13 +115,17 @@ impl Channels {
         let at = usize::from(number).saturating_sub(1);
         let Some(channel) = self.channels.get_mut(at) else { return Ok(input.len()) };
         let mut taken = 0;
-        while channel.parser.syncs() <= epoch && taken < input.len() {
+        // A header that is complete goes on without further bytes once the block list is there.
+        let mut held = !channel.parser.pending().is_empty();
+        while channel.parser.syncs() <= epoch && (taken < input.len() || held) {
+            held = false;
             let rest = input.get(taken..).unwrap_or_default();
             let carried = channel.parser.pending().to_vec();
             let begin = channel.parser.validated() + carried.len() as u64;
             let mut sink = ChannelSink {
                 judge: Judge { record, cursor: &mut channel.cursor, out },
                 id: &mut channel.id,
+                at_sync: &mut channel.at_sync,
                 ids,
             };
             let consumed = channel.parser.feed(rest, blocks, &mut sink)?;
@@ -143,7 +150,8 @@ impl Channels {
             let mut moved = false;
             for number in 1..=self.count() {
                 let Some(channel) = self.get(number) else { break };
-                if channel.waiting.is_empty() {
+                let held = channel.parser.pending().len();
+                if channel.waiting.is_empty() && (held == 0 || blocks.is_none()) {
                     continue;
                 }
                 let waiting = std::mem::take(&mut channel.waiting);
@@ -152,6 +160,7 @@ impl Channels {
                     .map_err(|violation| (number, violation))?;
                 moved |= taken > 0;
                 if let Some(channel) = self.get(number) {
+                    moved |= channel.parser.pending().len() < held;
                     channel.waiting.extend_from_slice(waiting.get(taken..).unwrap_or_default());
                 }
             }
@@ -184,6 +193,9 @@ impl Channels {
                 let expected = format!("{} SYNC packets, as the main channel has markers", record.markers);
                 return refuse(&expected, syncs.to_string());
             }
+            if !channel.at_sync && syncs > 0 {
+                return refuse("its last SYNC at the end", "pages behind it".to_owned());
+            }
             if !channel.waiting.is_empty() || !channel.parser.at_packet_boundary() {
                 return refuse("the end at the end of a packet", "a piece of one".to_owned());
             }
@@ -195,11 +207,13 @@ impl Channels {
 struct ChannelSink<'r> {
     judge: Judge<'r>,
     id: &'r mut Option<u8>,
+    at_sync: &'r mut bool,
     ids: &'r mut BTreeSet<u8>,
 }
 
 impl MultifdSink for ChannelSink<'_> {
     fn event(&mut self, at: u64, event: MultifdEvent<'_>) -> Result<(), Violation> {
+        *self.at_sync = matches!(event, MultifdEvent::Sync);
         match event {
             MultifdEvent::Page { block, offset } => self.judge.page(at, block, offset, true),
             MultifdEvent::ZeroPage { block, offset } => self.judge.zero_page(at, block, offset, true),

@@ -3,6 +3,9 @@
 /// Pages with a resend counter of their own; in larger guests several neighbours share one.
 const MAX_COUNTERS: u64 = 2 << 20;
 
+/// Words that are cleared one by one: an epoch with few pages must not cost a pass over the whole map.
+const MAX_TOUCHED: usize = 4096;
+
 /// Why a page may not come now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TooOften {
@@ -33,6 +36,8 @@ pub(super) struct Coverage {
     /// Most times that all pages of a group may come together.
     group_limit: u32,
     with_epochs: bool,
+    /// Words of epoch maps that have to be cleared: (block, word). Beyond [`MAX_TOUCHED`] all are.
+    touched: Vec<(usize, usize)>,
 }
 
 impl Coverage {
@@ -46,6 +51,7 @@ impl Coverage {
             group_shift: groups.trailing_zeros(),
             group_limit: u32::try_from(group_limit).unwrap_or(u32::MAX),
             with_epochs,
+            touched: Vec::new(),
         }
     }
 
@@ -74,6 +80,9 @@ impl Coverage {
             if *word & bit != 0 {
                 return Err(TooOften::InEpoch);
             }
+            if *word == 0 && self.touched.len() <= MAX_TOUCHED {
+                self.touched.push((block, at));
+            }
             *word |= bit;
         }
         let group = usize::try_from(page >> self.group_shift).unwrap_or(usize::MAX);
@@ -88,8 +97,13 @@ impl Coverage {
 
     /// The channels have synchronised: every page may come again.
     pub(super) fn next_epoch(&mut self) {
-        for block in &mut self.blocks {
-            block.epoch.fill(0);
+        if self.touched.len() > MAX_TOUCHED {
+            self.blocks.iter_mut().for_each(|block| block.epoch.fill(0));
+        }
+        for (block, at) in self.touched.drain(..) {
+            if let Some(word) = self.blocks.get_mut(block).and_then(|block| block.epoch.get_mut(at)) {
+                *word = 0;
+            }
         }
     }
 

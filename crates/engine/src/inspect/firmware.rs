@@ -1,7 +1,7 @@
 //! Firmware blocks are what they were when the VM was enrolled (INV-R14): no boot kit comes with a stream.
 //!
-//! A copy of each pinned block is kept, written as the target's QEMU will write its own, and hashed before the device
-//! state is released.
+//! The first copy of each page of a pinned block is kept, and all of it is hashed before the device state is released.
+//! Every later copy must equal the first: on several channels nobody can tell which of two QEMU will write last.
 
 use types::handover::Digest;
 
@@ -22,6 +22,10 @@ struct Shadow {
     name: String,
     expected: Digest,
     bytes: Vec<u8>,
+    /// Which pages have come.
+    came: Vec<bool>,
+    /// Whether a page came in two versions.
+    torn: bool,
 }
 
 /// The copies, by the block's index in the stream; most blocks have none.
@@ -29,40 +33,41 @@ struct Shadow {
 pub(super) struct Firmware(Vec<Option<Shadow>>);
 
 impl Firmware {
-    pub(super) fn pin(&mut self, index: usize, name: &str, length_bytes: u64, expected: Digest) {
+    pub(super) fn pin(&mut self, index: usize, block: (&str, u64), page_bytes: u64, expected: Digest) {
+        let (name, length_bytes) = block;
         // Bounded: the inventory's total of pinned blocks was checked.
         let bytes = vec![0; usize::try_from(length_bytes).unwrap_or(0)];
+        let came = vec![false; usize::try_from(length_bytes / page_bytes.max(1)).unwrap_or(0)];
         // Blocks come in order, and are at most as many as a list may have.
         self.0.resize_with(index, || None);
-        self.0.push(Some(Shadow { name: name.to_owned(), expected, bytes }));
+        self.0.push(Some(Shadow { name: name.to_owned(), expected, bytes, came, torn: false }));
     }
 
-    /// A piece of a page's content.
+    /// Whether pages of the block are to be kept.
     #[inline]
-    pub(super) fn write(&mut self, block: usize, offset: u64, piece: &[u8]) {
-        if let Some(place) = self.place(block, offset, piece.len()) {
-            place.copy_from_slice(piece);
+    pub(super) fn is_pinned(&self, block: usize) -> bool {
+        self.0.get(block).is_some_and(Option::is_some)
+    }
+
+    /// A whole page.
+    pub(super) fn page(&mut self, block: usize, offset: u64, page: &[u8]) {
+        let Some(shadow) = self.0.get_mut(block).and_then(Option::as_mut) else { return };
+        let Ok(start) = usize::try_from(offset) else { return };
+        let place = start.checked_add(page.len()).and_then(|end| shadow.bytes.get_mut(start..end));
+        let came = shadow.came.get_mut(start / page.len().max(1));
+        if let (Some(place), Some(came)) = (place, came) {
+            if *came {
+                shadow.torn |= place != page;
+            } else {
+                place.copy_from_slice(page);
+                *came = true;
+            }
         }
-    }
-
-    /// A page of zeros.
-    #[inline]
-    pub(super) fn clear(&mut self, block: usize, offset: u64, page_bytes: usize) {
-        if let Some(place) = self.place(block, offset, page_bytes) {
-            place.fill(0);
-        }
-    }
-
-    #[inline]
-    fn place(&mut self, block: usize, offset: u64, len: usize) -> Option<&mut [u8]> {
-        let shadow = self.0.get_mut(block)?.as_mut()?;
-        let start = usize::try_from(offset).ok()?;
-        shadow.bytes.get_mut(start..start.checked_add(len)?)
     }
 
     /// The first block that is not what was enrolled.
     pub(super) fn changed(&self) -> Option<&str> {
-        let differs = |shadow: &&Shadow| Digest::of(&shadow.bytes) != shadow.expected;
+        let differs = |shadow: &&Shadow| shadow.torn || Digest::of(&shadow.bytes) != shadow.expected;
         self.0.iter().flatten().find(differs).map(|shadow| shadow.name.as_str())
     }
 }
@@ -72,20 +77,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_block_is_what_was_written_last() {
-        let bytes = [[1u8; 4096], [0; 4096]].concat();
-        let mut firmware = Firmware::default();
-        firmware.pin(2, "pc.bios", 8192, Digest::of(&bytes));
+    fn a_block_is_whole_and_each_page_of_it_one_thing() {
+        let pages = [[1u8; 4096], [0; 4096]];
+        let pinned = || {
+            let mut firmware = Firmware::default();
+            firmware.pin(2, ("pc.bios", 8192), 4096, Digest::of(&pages.concat()));
+            firmware
+        };
+        let mut firmware = pinned();
+        assert!(firmware.is_pinned(2) && !firmware.is_pinned(0) && !firmware.is_pinned(3));
         assert_eq!(firmware.changed(), Some("pc.bios"));
-        firmware.write(2, 0, &bytes[..1000]);
-        firmware.write(2, 1000, &bytes[1000..4096]);
+        firmware.page(2, 0, &pages[0]);
+        firmware.page(2, 4096, &pages[1]);
+        firmware.page(2, 0, &pages[0]);
+        firmware.page(0, 0, &[7; 4096]);
+        firmware.page(2, 8192, &[7; 4096]);
         assert_eq!(firmware.changed(), None);
-        firmware.write(2, 4096, &[7]);
-        firmware.write(0, 0, &[7]);
-        firmware.write(2, 8192, &[7]);
-        assert_eq!(firmware.changed(), Some("pc.bios"));
-        firmware.clear(2, 4096, 4096);
-        assert_eq!(firmware.changed(), None);
+        // Whichever of the two comes first.
+        for order in [[1u8, 9], [9, 1]] {
+            let mut firmware = pinned();
+            firmware.page(2, 4096, &pages[1]);
+            for byte in order {
+                firmware.page(2, 0, &[byte; 4096]);
+            }
+            assert_eq!(firmware.changed(), Some("pc.bios"), "{order:?}");
+        }
     }
 
     #[test]

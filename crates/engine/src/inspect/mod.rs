@@ -98,6 +98,7 @@ pub struct Inspector {
     channels: Channels,
     record: Record,
     fed: u64,
+    finished: bool,
     failure: Option<Refused>,
 }
 
@@ -130,6 +131,7 @@ impl Inspector {
             channels: Channels::new(inventory, limits),
             record: Record::new(inventory, limits),
             fed: 0,
+            finished: false,
             failure: None,
         })
     }
@@ -153,6 +155,10 @@ impl Inspector {
     fn guarded<T>(&mut self, act: impl FnOnce(&mut Self) -> Result<T, Refused>) -> Result<T, Refused> {
         if let Some(failure) = &self.failure {
             return Err(failure.clone());
+        }
+        if self.finished {
+            let violation = Violation::new("INV-E3", self.fed, "stream", "nothing behind the end", "more");
+            return Err(Refused { channel: 0, violation });
         }
         act(self).inspect_err(|refused| self.failure = Some(refused.clone()))
     }
@@ -193,7 +199,9 @@ impl Inspector {
         self.channels
             .check_end(&self.record)
             .map_err(|(channel, violation)| Refused { channel, violation })?;
-        self.judge_held().map_err(|violation| Refused { channel: 0, violation })
+        let held = self.judge_held().map_err(|violation| Refused { channel: 0, violation })?;
+        self.finished = true;
+        Ok(held)
     }
 
     fn judge_held(&mut self) -> Result<HeldState, Violation> {
@@ -262,12 +270,14 @@ fn release(
     (carried, input): (&[u8], &[u8]),
     out: &mut dyn Output,
 ) {
-    if releasable <= begin {
+    if releasable < begin {
         return;
     }
     if !carried.is_empty() {
         out.release(channel, carried);
     }
     let count = usize::try_from(releasable - begin).unwrap_or(usize::MAX).min(input.len());
-    out.release(channel, input.get(..count).unwrap_or(input));
+    if count > 0 {
+        out.release(channel, input.get(..count).unwrap_or(input));
+    }
 }

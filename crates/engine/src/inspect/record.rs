@@ -102,7 +102,7 @@ impl Record {
             Some(enrolled) if enrolled.length_bytes == length => {
                 self.coverage.add_block(length / self.page_size_bytes);
                 if let Some(expected) = enrolled.content {
-                    self.firmware.pin(index, &shown, length, expected);
+                    self.firmware.pin(index, (&shown, length), self.page_size_bytes, expected);
                 }
                 Ok(())
             }
@@ -183,11 +183,15 @@ impl Record {
 }
 
 /// The page whose content a channel is in.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Cursor {
     block: usize,
     offset: u64,
+    /// What came of it, where it is firmware.
+    firmware: Option<Vec<u8>>,
 }
+
+const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Takes what one channel's parser finds.
 pub(super) struct Judge<'r> {
@@ -206,17 +210,34 @@ impl Judge<'_> {
         channel: bool,
     ) -> Result<(), Violation> {
         self.record.page(at, (block, offset), channel)?;
-        *self.cursor = Cursor { block, offset };
+        self.cursor.block = block;
+        self.cursor.offset = offset;
+        self.cursor.firmware = self.record.firmware.is_pinned(block).then(Vec::new);
         self.record.pages.normal += 1;
         Ok(())
     }
 
     #[inline]
     pub(super) fn content(&mut self, piece: &[u8]) {
-        let Cursor { block, offset } = *self.cursor;
-        self.record.firmware.write(block, offset, piece);
+        let (block, offset) = (self.cursor.block, self.cursor.offset);
+        if self.cursor.firmware.is_some() {
+            self.firmware(piece);
+        }
         self.out.page(block, offset, piece);
         self.cursor.offset += piece.len() as u64;
+    }
+
+    /// A piece of a page of firmware: it counts once it is whole, since pieces of other channels come between.
+    #[cold]
+    fn firmware(&mut self, piece: &[u8]) {
+        let page_bytes = usize::try_from(self.record.page_size_bytes).unwrap_or(0);
+        let Some(page) = &mut self.cursor.firmware else { return };
+        page.extend_from_slice(piece);
+        if page.len() >= page_bytes {
+            let begin = (self.cursor.offset + piece.len() as u64).saturating_sub(page.len() as u64);
+            self.record.firmware.page(self.cursor.block, begin, page);
+            self.cursor.firmware = None;
+        }
     }
 
     #[inline]
@@ -228,9 +249,11 @@ impl Judge<'_> {
         channel: bool,
     ) -> Result<(), Violation> {
         self.record.page(at, (block, offset), channel)?;
-        // A page is at most 64 KiB (the inventory was checked).
-        let page_bytes = usize::try_from(self.record.page_size_bytes).unwrap_or(0);
-        self.record.firmware.clear(block, offset, page_bytes);
+        if self.record.firmware.is_pinned(block) {
+            // A page is at most 64 KiB (the inventory was checked).
+            let page_bytes = usize::try_from(self.record.page_size_bytes).unwrap_or(0);
+            self.record.firmware.page(block, offset, ZEROS.get(..page_bytes).unwrap_or(&ZEROS));
+        }
         self.record.pages.zero += 1;
         Ok(())
     }
