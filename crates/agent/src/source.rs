@@ -233,7 +233,7 @@ impl Source {
     pub fn return_path(&mut self, bytes: &[u8]) -> Vec<Effect> {
         let mut messages = Vec::new();
         if let Err(error) = self.returns.feed(bytes, |message| messages.push(message)) {
-            return vec![Effect::reject(return_finding(&error.to_string()))];
+            return vec![self.refuse_return(&error.to_string())];
         }
         let mut out = Vec::new();
         for message in messages {
@@ -246,10 +246,21 @@ impl Source {
                 }
                 // The other agent holds it back too; a compromised one must not end the hand-over early.
                 Message::Shut(_) => log::line("warning", "acknowledgement-withheld", &[]),
-                other => return vec![Effect::reject(return_finding(&format!("{other:?}")))],
+                other => return vec![self.refuse_return(&format!("{other:?}"))],
             }
         }
-        if out.is_empty() { Vec::new() } else { vec![Effect::ToHypervisor(out)] }
+        // Once the stream has ended QEMU waits for nothing but SHUT, and nothing may move between proof and vote.
+        let open = matches!(self.stage, Stage::Streaming | Stage::Flushing(_));
+        if out.is_empty() || !open { Vec::new() } else { vec![Effect::ToHypervisor(out)] }
+    }
+
+    /// What a bad return path leads to: while frozen, only the daemon ends anything.
+    fn refuse_return(&self, found: &str) -> Effect {
+        if self.stage == Stage::Frozen {
+            log::line("warning", "return-path-refused-while-frozen", &[("found", json!(found))]);
+            return Effect::DropPeer;
+        }
+        Effect::reject(return_finding(found))
     }
 
     /// A control frame of the other agent.

@@ -352,6 +352,11 @@ impl Target {
         vec![Effect::Frame(if on { Control::Suspended } else { Control::Resumed })]
     }
 
+    /// Nothing is read from the other agent, because QEMU or the scanner does not take what came: its silence is ours.
+    pub fn not_reading(&mut self, now: Instant) {
+        self.last_byte = now;
+    }
+
     /// Time passed.
     pub fn tick(&mut self, now: Instant) -> Vec<Effect> {
         if matches!(self.stage, Stage::Receiving | Stage::Judging { .. }) && now >= self.time_budget {

@@ -309,3 +309,31 @@ fn a_silent_stream_is_ended_and_a_suspended_one_is_not() {
     held.control(0, Control::Resumed, at(101));
     assert!(held.tick(at(115)).is_empty());
 }
+
+/// A target that has nowhere to put what comes does not call the other side silent.
+#[test]
+fn silence_is_not_blamed_on_the_other_side_while_nothing_is_read() {
+    let begin = Instant::now();
+    let at = |seconds| begin + Duration::from_secs(seconds);
+    let mut target = Target::new(&armed(), begin).unwrap();
+    for second in [20, 40, 50] {
+        target.not_reading(at(second));
+        assert!(target.tick(at(second)).is_empty());
+    }
+    assert_eq!(rule(&target.tick(at(111))), Some("INV-T5"));
+}
+
+/// While frozen nothing but the daemon ends anything, and nothing reaches QEMU.
+#[test]
+fn a_frozen_source_is_not_ended_by_the_return_path() {
+    let stream = streams::handmade();
+    for bytes in [PONG.repeat(9), vec![0, 2, 0, 4, 0, 0, 0, 2], vec![0xff; 8], PONG.to_vec(), SHUT.to_vec()] {
+        let mut source = Source::new(&armed(), Instant::now());
+        assert!(source.stream(0, &stream, Instant::now()).is_ok());
+        source.end_frames(Instant::now());
+        source.flushed(Instant::now());
+        source.frozen();
+        let effects = source.return_path(&bytes);
+        assert!(effects.iter().all(|effect| *effect == Effect::DropPeer), "{effects:?}");
+    }
+}

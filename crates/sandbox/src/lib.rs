@@ -109,11 +109,16 @@ fn limit(what: &'static str, resource: Resource, value: u64) -> Result<(), Sandb
     setrlimit(resource, limit).map_err(|errno| SandboxError::Limit { what, source: errno.into() })
 }
 
+/// What a process may write to its log; a defect is a few lines.
+const MAX_LOG_BYTES: u64 = 1 << 20;
+
 fn limits(profile: &Profile) -> Result<Vec<String>, SandboxError> {
     let failed = |what| move |errno: rustix::io::Errno| SandboxError::Limit { what, source: errno.into() };
     rustix::thread::set_no_new_privs(true).map_err(failed("no-new-privs"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("not-dumpable"))?;
     limit("core", Resource::Core, 0)?;
+    // Its log is a file; nothing else is.
+    limit("file size", Resource::Fsize, MAX_LOG_BYTES)?;
     limit_memory(profile.memory_bytes)?;
     limit("descriptors", Resource::Nofile, profile.descriptors)?;
     Ok(["no-new-privs", "not-dumpable", "rlimits"].map(str::to_owned).to_vec())

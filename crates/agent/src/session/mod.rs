@@ -251,8 +251,14 @@ impl Session {
         if self.half.is_none() && self.handshakes_until.is_some_and(|deadline| now >= deadline) {
             return Err(close::handshake_failed("the other agent did not speak in time"));
         }
+        let reading = (0u16..).zip(&self.lanes).any(|(number, _)| self.wants_peer(number));
         let effects = match &mut self.half {
-            Some(half) => on_half!(half, it => it.tick(now)),
+            Some(half) => {
+                if let (Half::Target(target), false) = (&mut *half, reading) {
+                    target.not_reading(now);
+                }
+                on_half!(half, it => it.tick(now))
+            }
             None => Vec::new(),
         };
         self.apply(effects)?;

@@ -91,7 +91,9 @@ fn learn(path: &Path, hypervisor: &str) -> Result<Result<Learned, Violation>, Er
         Err(error @ LearnError::Incomplete { .. }) => {
             Ok(Err(Violation::new("INV-S10", 0, "stream", "a complete stream", error.to_string())))
         }
-        Err(error) => Err(malformed(path, error.to_string())),
+        Err(error @ LearnError::NotText { .. }) => {
+            Ok(Err(Violation::new("INV-S5", 0, "stream", "names that are text", error.to_string())))
+        }
     }
 }
 
