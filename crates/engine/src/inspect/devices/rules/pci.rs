@@ -9,7 +9,7 @@ pub const RULES: &[ValueRule] = &[
     ValueRule::shape("PCIBUS", "nirq", Pinned),
     ValueRule::index("PCIBUS", "irq_count", SignedWithin(0, 0x1_0000)),
     // The form of the configuration space that follows.
-    ValueRule::shape("PCIDevice", "version_id", Pinned),
+    ValueRule::identity("PCIDevice", "version_id", Pinned),
     // Its four lines, a word of 0 or 1 each.
     ValueRule::index("PCIDevice", "irq_state", Check(lines_are_high_or_low)),
     // How many error records follow, of how many there is room for (CVE-2013-4529).

@@ -6,7 +6,7 @@ use crate::inspect::devices::rule::{Breach, Fields, ValueRule};
 /// The rules on the run state and the balloon.
 pub const RULES: &[ValueRule] = &[
     // The run state's name and its length; what the target does next depends on it.
-    ValueRule::shape("globalstate", "size", AtMost(100)),
+    ValueRule::state("globalstate", "size", AtMost(100)),
     ValueRule::state("globalstate", "runstate", Check(known_run_state)),
     ValueRule::state("globalstate", "has_vm_was_suspended", AtMost(1)),
     ValueRule::state("globalstate", "vm_was_suspended", AtMost(1)),
