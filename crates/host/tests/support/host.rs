@@ -172,6 +172,15 @@ impl Host {
         self.qmp("query-status").await["status"].as_str().unwrap().to_owned()
     }
 
+    /// Waits until the guest runs: QEMU says so a moment after it was told, or resumed by itself.
+    pub async fn runs(&self) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while self.guest().await != "running" {
+            assert!(std::time::Instant::now() < deadline, "the guest does not run");
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+
     pub fn kill_qemu(&self) {
         for pid in self.qemus() {
             assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
