@@ -302,6 +302,29 @@ pub fn progress(migration: &Value, stream_bytes: u64, wire_bytes: u64) -> Value 
     })
 }
 
+/// How long an earlier migration of the same QEMU may take to clear away behind its end.
+const CLEARING_LIMIT: Duration = Duration::from_secs(2);
+const CLEARING_PAUSE: Duration = Duration::from_millis(20);
+
+/// Starts to send. A migration that was ended a moment ago may still hold its place in QEMU (with several channels it
+/// takes longer): it is asked again for a while.
+///
+/// # Errors
+/// The monitor's.
+pub(crate) async fn start(monitor: &Qmp, uri: &str) -> Result<(), QmpError> {
+    let deadline = Instant::now() + CLEARING_LIMIT;
+    loop {
+        match monitor.execute("migrate", json!({"uri": uri})).await {
+            Err(QmpError::Refused { description, .. })
+                if description.contains("duplicate yank instance") && Instant::now() < deadline =>
+            {
+                tokio::time::sleep(CLEARING_PAUSE).await;
+            }
+            outcome => return outcome.map(drop),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -522,7 +522,7 @@ impl SourceShell {
         let path = instance.paths().stream;
         let listener = HypervisorListener::bind(&path)?;
         let uri = format!("unix:{}", path.display());
-        monitor.execute("migrate", json!({"uri": uri})).await.map_err(failed)?;
+        hypervisor::start(&monitor, &uri).await.map_err(failed)?;
         // The main connection is the first; QEMU opens the others when that one stands.
         let streams = listener.accept_all(instance.process(), features.connections()).await;
         crate::folders::remove_file(&path);

@@ -5,7 +5,7 @@ use outrider_wire::qemu::Blocks;
 use outrider_wire::qemu::multifd::{Method, MultifdOptions, Style};
 use std::io::Write;
 use zstd_safe::zstd_sys::ZSTD_EndDirective;
-use zstd_safe::{CCtx, InBuffer, OutBuffer};
+use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer};
 
 pub const HEADER: usize = 1344;
 pub const NAME: &str = "pc.ram";
@@ -91,7 +91,12 @@ impl Compressor {
             Method::Zlib => {
                 Self::Zlib(flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast()))
             }
-            Method::Zstd => Self::Zstd(CCtx::create()),
+            Method::Zstd => {
+                let mut context = CCtx::create();
+                // As QEMU at level 1: its window.
+                context.set_parameter(CParameter::WindowLog(19)).unwrap();
+                Self::Zstd(context)
+            }
         }
     }
 
