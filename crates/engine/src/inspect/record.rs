@@ -191,7 +191,7 @@ pub(super) struct Cursor {
     firmware: Option<Vec<u8>>,
 }
 
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Takes what one channel's parser finds.
 pub(super) struct Judge<'r> {

@@ -174,10 +174,10 @@ impl Host {
 
     /// Waits until the guest runs: QEMU says so a moment after it was told, or resumed by itself.
     pub async fn runs(&self) {
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(20);
         while self.guest().await != "running" {
-            assert!(std::time::Instant::now() < deadline, "the guest does not run");
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            assert!(Instant::now() < deadline, "the guest does not run");
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
