@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../engine/tests/support/skip.rs"]
+mod skip;
 #[path = "../../engine/tests/support/mod.rs"]
 mod streams;
 mod support;
@@ -136,7 +138,7 @@ fn prepared() -> Option<(Vec<u8>, Qemu)> {
     let pair =
         streams::record(MACHINE, MEMORY_MIB).map(|s| streams::with_return_path(&s)).zip(Qemu::start(true));
     if pair.is_none() {
-        println!("skipped: no {} on this machine", streams::QEMU);
+        skip::skip(&format!("no {} on this machine", streams::QEMU));
     }
     pair
 }
@@ -270,7 +272,7 @@ fn a_vm_moves_between_two_real_qemus_over_several_lanes() {
 #[test]
 fn a_vm_moves_between_two_older_qemus_over_several_lanes() {
     if old_qemu().is_none() {
-        println!("skipped: {OLD_QEMU} names no folder with an older QEMU");
+        skip::skip(&format!("{OLD_QEMU} names no folder with an older QEMU"));
         return;
     }
     let machine = "pc-i440fx-7.2";

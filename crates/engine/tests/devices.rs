@@ -4,6 +4,8 @@
 
 #[path = "support/dry_run.rs"]
 mod dry_run;
+#[path = "support/skip.rs"]
+mod skip;
 
 use dry_run::{Blob, Qemu, corpus, device_state, machine, qemus};
 use outrider_engine::inspect::devices::{Judged, Unvouched, Vouched, compile, judge};
@@ -77,7 +79,7 @@ fn accept(name: &str, stream: &[u8], catalogue: &Catalogue) -> Vec<String> {
 fn every_section_of_a_dry_run_reads_exactly() {
     let qemus = qemus();
     if qemus.is_empty() {
-        println!("skipped: no QEMU on this machine to record from");
+        skip::skip("no QEMU on this machine to record from");
     }
     for qemu in &qemus {
         for kind in ["pc", "q35"] {
@@ -120,11 +122,11 @@ fn a_fresh_vm_tells_how_a_booted_one_looks() {
             continue;
         };
         let Some(catalogue) = best_catalogue(&qemus, &dry_run) else {
-            println!("skipped: no QEMU here knows {}", machine(&dry_run));
+            skip::skip(&format!("no QEMU here knows {}", machine(&dry_run)));
             continue;
         };
         if catalogue.sections.iter().any(|s| s.layout.is_none() && s.name != "slirp") {
-            println!("skipped: no QEMU here is of the version that made {fresh}");
+            skip::skip(&format!("no QEMU here is of the version that made {fresh}"));
             continue;
         }
         let weak = accept(booted, &stream, &catalogue);
@@ -165,7 +167,7 @@ fn a_dry_run_of_this_machines_qemu_tells_how_the_corpus_looks() {
         let recorded =
             qemus.iter().find_map(|q| Some((q.dry_run(&machine, CORPUS_DEVICES)?, q.dump(&machine)?)));
         let Some((dry_run, dump)) = recorded else {
-            println!("skipped: no QEMU here can make a {machine} with a user network");
+            skip::skip(&format!("no QEMU here can make a {machine} with a user network"));
             continue;
         };
         let catalogue = compile(&dry_run, Some(&dump), "qemu/test").unwrap();
@@ -188,7 +190,7 @@ fn sample() -> Option<&'static (Blob, Catalogue)> {
         Some((Blob::of(&stream), catalogue))
     });
     if sample.is_none() {
-        println!("skipped: no QEMU on this machine to record from");
+        skip::skip("no QEMU on this machine to record from");
     }
     sample.as_ref()
 }

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "support/skip.rs"]
+mod skip;
 mod support;
 
 use outrider_engine::inspect::{EndDetector, Inspector, Limits, Violation, learn};
@@ -63,7 +65,7 @@ fn recorded() -> Vec<Sample> {
 fn recorded_streams_are_accepted_and_their_end_is_found() {
     let mut samples = recorded();
     if samples.is_empty() {
-        println!("skipped: no {} on this machine to record from", support::QEMU);
+        skip::skip(&format!("no {} on this machine to record from", support::QEMU));
     }
     let from_corpus = corpus();
     println!("{} recorded here, {} from the corpus", samples.len(), from_corpus.len());

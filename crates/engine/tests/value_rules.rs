@@ -6,6 +6,8 @@
 #[path = "support/machines.rs"]
 #[allow(unreachable_pub)]
 mod machines;
+#[path = "support/skip.rs"]
+mod skip;
 #[path = "support/walk.rs"]
 #[allow(unreachable_pub)]
 mod walk;
@@ -73,7 +75,7 @@ fn recorded() -> Vec<Sample> {
     let mut samples = Vec::new();
     for machine in MACHINES {
         let Some(paused) = machines::record(QEMU, machine, Runs::Nothing) else {
-            println!("skipped: no {QEMU} on this machine to record from");
+            skip::skip(&format!("no {QEMU} on this machine to record from"));
             return samples;
         };
         let paused = walk::instances(&paused);
@@ -81,7 +83,7 @@ fn recorded() -> Vec<Sample> {
         let mut running = vec![(Runs::Ports, "ports written"), (Runs::Firmware, "firmware up")];
         match machines::guest() {
             Some(_) => running.push((Runs::Guest, "guest up")),
-            None => println!("skipped: no guest has been built for {}", machine.name),
+            None => skip::skip(&format!("no guest has been built for {}", machine.name)),
         }
         for (runs, what) in running {
             let name = format!("recorded {}, {what}", machine.name);

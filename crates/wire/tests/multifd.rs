@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+#[path = "../../engine/tests/support/skip.rs"]
+mod skip;
 mod support;
 
 use outrider_wire::qemu::Blocks;
@@ -106,10 +108,10 @@ fn memory(outcomes: &[Outcome]) -> BTreeMap<(usize, u64), u64> {
 
 fn check_recordings(qemu: Qemu, machine: &str, guest: Guest) {
     if qemu.find().is_none() {
-        return println!("skipped: {}", qemu.missing());
+        return skip::skip(&qemu.missing().to_string());
     }
     if guest == Guest::Booted && Guest::files().is_none() {
-        return println!("skipped: the lab's guest is not built");
+        return skip::skip("the lab's guest is not built");
     }
     let style = Style::of_machine(machine);
     let mut memories = Vec::new();
