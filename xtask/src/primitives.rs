@@ -45,7 +45,7 @@ const MONITOR: &[&str] =
 /// Moving a VM's location, which is what a commit does.
 const DECIDER: &[&str] = &["manager/src/migration/handover.rs", "registry/src/vms.rs"];
 
-const PRIMITIVES: [Primitive; 11] = [
+const PRIMITIVES: [Primitive; 13] = [
     primitive("cgroup.freeze", "freezes or thaws (v2)", FREEZER),
     primitive("freezer.state", "freezes or thaws (v1)", FREEZER),
     primitive("Signal::STOP", "freezes", FREEZER),
@@ -54,6 +54,8 @@ const PRIMITIVES: [Primitive; 11] = [
     primitive("Signal::KILL", "kills", KILLERS),
     primitive("pidfd_send_signal", "kills", KILLERS),
     primitive("sweep::end_all", "kills", SWEEPERS),
+    primitive("sweep::end_orphans", "kills", SWEEPERS),
+    primitive("sweep::end_process", "kills", SWEEPERS),
     primitive("\"cont\"", "continues a guest", MONITOR),
     primitive("relocate_vm", "commits", DECIDER),
     primitive("\"system_reset\"", "resets a guest", MONITOR),

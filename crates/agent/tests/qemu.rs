@@ -158,16 +158,8 @@ fn a_real_qemu_loads_what_was_recorded_and_its_acknowledgement_is_held() {
     assert_eq!(qemu.run_state(), "prelaunch");
 }
 
-/// The whole way between two real QEMUs, up to the point where the source would be destroyed.
-#[test]
-fn a_vm_moves_between_two_real_qemus() {
-    let Some((recorded, mut to)) = prepared() else { return };
-    let inventory = learn(&recorded, "qemu/test").unwrap();
-    let mut from = Qemu::start(false).unwrap();
-    from.command("cont", &Value::Null).unwrap();
-    let mut pair = Pair::connect(&inventory, |_| {});
-    pair.target.attach(Descriptor::Hypervisor, to.receive());
-    pair.source.attach(Descriptor::Hypervisor, from.send());
+/// From the end of the stream to the guest that runs on the target: what the daemons would order.
+fn hand_over(pair: &mut Pair, to: &mut Qemu) {
     let left = match pair.source.wait(|m| matches!(m, FromAgent::EndOfStream { .. })) {
         FromAgent::EndOfStream { evidence, .. } => evidence,
         _ => unreachable!("waited for it"),
@@ -184,6 +176,19 @@ fn a_vm_moves_between_two_real_qemus() {
     assert_eq!(to.run_state(), "paused");
     to.command("cont", &Value::Null).unwrap();
     assert_eq!(to.run_state(), "running");
+}
+
+/// The whole way between two real QEMUs, up to the point where the source would be destroyed.
+#[test]
+fn a_vm_moves_between_two_real_qemus() {
+    let Some((recorded, mut to)) = prepared() else { return };
+    let inventory = learn(&recorded, "qemu/test").unwrap();
+    let mut from = Qemu::start(false).unwrap();
+    from.command("cont", &Value::Null).unwrap();
+    let mut pair = Pair::connect(&inventory, |_| {});
+    pair.target.attach(Descriptor::Hypervisor, to.receive());
+    pair.source.attach(Descriptor::Hypervisor, from.send());
+    hand_over(&mut pair, &mut to);
     pair.target.send(&ToAgent::AnnounceRunning);
     pair.source.wait(|m| matches!(m, FromAgent::PeerRunning { .. }));
     // Without its acknowledgement the source's QEMU has not completed: it still waits.
@@ -235,22 +240,7 @@ fn move_over_lanes(start: impl Fn(bool) -> Qemu, recorded: &[u8], channels: u16,
         to.command("query-status", &Value::Null).unwrap();
         assert!(asked.elapsed().as_millis() < 500, "the monitor stood still for {:?}", asked.elapsed());
     }
-    let left = match pair.source.wait(|m| matches!(m, FromAgent::EndOfStream { .. })) {
-        FromAgent::EndOfStream { evidence, .. } => evidence,
-        _ => unreachable!("waited for it"),
-    };
-    let nonce = Nonce::from_bytes([3; 16]);
-    pair.source.send(&ToAgent::Prove { nonce });
-    let proof = pair.source.wait(|m| matches!(m, FromAgent::Proven { .. } | FromAgent::NotProven { .. }));
-    assert_eq!(proof, FromAgent::Proven { nonce });
-    pair.source.send(&ToAgent::Frozen);
-    let accepted = pair.target.wait(|m| matches!(m, FromAgent::Accepted { .. }));
-    assert!(matches!(accepted, FromAgent::Accepted { evidence, .. } if evidence == left), "{accepted:?}");
-    pair.target.wait(|m| matches!(m, FromAgent::AcknowledgementHeld { status: 0 }));
-    assert_eq!(to.wait_for_status(&["completed", "failed"]), "completed");
-    assert_eq!(to.run_state(), "paused");
-    to.command("cont", &Value::Null).unwrap();
-    assert_eq!(to.run_state(), "running");
+    hand_over(&mut pair, &mut to);
     // QEMU closes its multifd connections by now; nothing ends because of that.
     pair.target.progress();
     pair.target.progress();
@@ -292,19 +282,6 @@ fn record_old(mut qemu: Qemu) -> Vec<u8> {
     stream
 }
 
-/// Rows whose stream has no end that a source could see: they run into a budget instead.
-const ENDLESS: [&str; 7] = [
-    "deep description",
-    "11 absent",
-    "11 other bytes",
-    "11 other type",
-    "NUL in the description",
-    "truncated",
-    "stops in the ram section",
-];
-/// Rows with bytes behind a good end, which spoil the source's proof (tests/relay.rs).
-const MORE_BEHIND_THE_END: [&str; 2] = ["12", "two streams"];
-
 /// What stock QEMU would accept, or crash on, never gets to it: every row of the table, through real agents.
 #[test]
 fn no_mutation_is_loaded_by_a_real_qemu() {
@@ -313,11 +290,11 @@ fn no_mutation_is_loaded_by_a_real_qemu() {
     let mut rows = 0;
     for mutation in streams::mutations(&stream) {
         let row = mutation.row;
-        if MORE_BEHIND_THE_END.contains(&row) {
+        if streams::MORE_BEHIND_THE_END.contains(&row) {
             continue;
         }
         let mut qemu = Qemu::start(true).unwrap();
-        let endless = ENDLESS.contains(&row);
+        let endless = streams::ENDLESS.contains(&row);
         let mut pair = Pair::connect(&inventory, |claims| {
             if endless {
                 (claims.duration_budget_ms, claims.downtime_budget_ms) = (1500, 500);

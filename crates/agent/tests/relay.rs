@@ -186,19 +186,6 @@ fn garbage_instead_of_a_peer_is_refused() {
     target.exit();
 }
 
-/// Rows whose stream has no end that a source could see: they run into a budget instead.
-const ENDLESS: [&str; 7] = [
-    "deep description",
-    "11 absent",
-    "11 other bytes",
-    "11 other type",
-    "NUL in the description",
-    "truncated",
-    "stops in the ram section",
-];
-/// Rows with bytes behind a good end: see `a_byte_after_the_end_spoils_the_proof`.
-const MORE_BEHIND_THE_END: [&str; 2] = ["12", "two streams"];
-
 /// I5: the target's QEMU gets nothing from the violation on, whatever it is.
 #[test]
 fn violations_end_the_migration_and_reach_no_qemu() {
@@ -207,10 +194,10 @@ fn violations_end_the_migration_and_reach_no_qemu() {
     let inventory = inventory(&good);
     for mutation in streams::mutations(&good) {
         let row = mutation.row;
-        if MORE_BEHIND_THE_END.contains(&row) {
+        if streams::MORE_BEHIND_THE_END.contains(&row) {
             continue;
         }
-        let endless = ENDLESS.contains(&row);
+        let endless = streams::ENDLESS.contains(&row);
         let mut pair = Pair::with_fake_qemus(&inventory, |claims| {
             if endless {
                 (claims.duration_budget_ms, claims.downtime_budget_ms) = (800, 300);

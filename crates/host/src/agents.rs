@@ -158,11 +158,7 @@ impl AgentSpawner {
     /// At the daemon's start: no agent outlives its daemon by design; one that hangs is ended by force, and what was
     /// made for it is removed.
     pub async fn end_orphans(&self) {
-        sweep::remove_folder(&self.folder);
-        for child in self.group.children() {
-            sweep::end_all(&child).await;
-            sweep::remove_group(&child).await;
-        }
+        sweep::end_orphans(&self.group, &self.folder).await;
     }
 
     fn locate(&self) -> Result<PathBuf, Problem> {

@@ -97,11 +97,7 @@ impl ScannerSpawner {
 
     /// At the daemon's start: scanners of an earlier daemon are ended, and what was made for them is removed.
     pub async fn end_orphans(&self) {
-        sweep::remove_folder(&self.folder);
-        for child in self.group.children() {
-            sweep::end_all(&child).await;
-            sweep::remove_group(&child).await;
-        }
+        sweep::end_orphans(&self.group, &self.folder).await;
     }
 
     fn locate(&self) -> Result<PathBuf, Problem> {
@@ -150,9 +146,22 @@ impl ScannerSpawner {
     fn start(&self, binary: &Path) -> Result<(Scanner, AsyncFd<OwnedFd>), HostError> {
         let name = format!("scanner-{}", self.started.fetch_add(1, Ordering::Relaxed));
         let group = self.group.child(&name);
-        group.create()?;
-        private_folder(&self.folder)?;
         let log = self.folder.join(format!("{name}.log"));
+        group.create()?;
+        self.start_in(binary, &group, &log).inspect_err(|_| {
+            // Nothing runs in it: what could not be started has no use for its place.
+            group.remove().ok();
+            std::fs::remove_file(&log).ok();
+        })
+    }
+
+    fn start_in(
+        &self,
+        binary: &Path,
+        group: &Group,
+        log: &Path,
+    ) -> Result<(Scanner, AsyncFd<OwnedFd>), HostError> {
+        private_folder(&self.folder)?;
         let system = |e: Errno| HostError::system("cannot make a socket pair", e);
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
@@ -162,14 +171,14 @@ impl ScannerSpawner {
             program: binary,
             arguments: vec![],
             environment: vec![],
-            group: &group,
+            group,
             user: None,
             input: theirs.into(),
-            log: &log,
+            log,
         }
         .start()?;
         let socket = watch(ours).map_err(|e| HostError::system("cannot watch a scanner's socket", e))?;
-        Ok((Scanner { process, group, log }, socket))
+        Ok((Scanner { process, group: group.clone(), log: log.to_owned() }, socket))
     }
 }
 

@@ -20,13 +20,21 @@ pub async fn end_all(group: &Group) -> Vec<u32> {
         if let Ok(Some(process)) = held
             && group.processes().contains(&pid)
         {
-            if let Err(error) = process.signal(Signal::KILL) {
-                tracing::error!(%error, pid, cgroup = group.path(), "cannot end a process");
-            }
-            tokio::time::timeout(KILL_TIMEOUT, process.exited()).await.ok();
+            end_process(&process).await;
         }
     }
     group.processes()
+}
+
+/// Ends one process by force; says so when it lives on.
+pub async fn end_process(process: &Process) {
+    let pid = process.id().pid;
+    if let Err(error) = process.signal(Signal::KILL) {
+        tracing::error!(%error, pid, "cannot end a process");
+    }
+    if tokio::time::timeout(KILL_TIMEOUT, process.exited()).await.is_err() {
+        tracing::error!(pid, "a process lives on after it was killed");
+    }
 }
 
 /// Removes an empty group, for which the kernel may need a moment.
@@ -48,5 +56,15 @@ pub fn remove_folder(folder: &Path) {
         && error.kind() != std::io::ErrorKind::NotFound
     {
         tracing::warn!(folder = %folder.display(), %error, "cannot remove folder");
+    }
+}
+
+/// At the daemon's start: ends what an earlier one started in children of a group, and removes them and the folder of
+/// their logs.
+pub async fn end_orphans(group: &Group, logs: &Path) {
+    remove_folder(logs);
+    for child in group.children() {
+        end_all(&child).await;
+        remove_group(&child).await;
     }
 }

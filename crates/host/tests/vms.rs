@@ -385,6 +385,45 @@ async fn a_dry_run_that_dies_is_an_error_and_leaves_nothing() {
     bench.nothing_is_left();
 }
 
+/// Where a catalogue can't be kept (a full disk, here a file in the folder's place), it is made once for each daemon.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_catalogue_that_cannot_be_kept_costs_a_dry_run_and_no_vm() {
+    let Some(bench) = Bench::new("unkept") else { return };
+    let vms = bench.vms_of(Some(bench.wrapped("")));
+    std::fs::write(bench.folder.path().join("s/catalogue"), b"in the way").unwrap();
+    let spec = spec();
+    for epoch in [1, 2] {
+        vms.start(&spec, Epoch(epoch)).await.unwrap();
+        vms.stop(spec.uuid, Epoch(epoch)).await.unwrap();
+    }
+    assert_eq!(bench.dry_runs(), 1, "this daemon remembers it");
+    let next = bench.vms_of(Some(bench.wrapped("")));
+    next.start(&spec, Epoch(3)).await.unwrap();
+    next.stop(spec.uuid, Epoch(3)).await.unwrap();
+    assert_eq!(bench.dry_runs(), 2, "the next one makes it again");
+    bench.nothing_is_left();
+}
+
+/// An upgrade between the key and the dry run must not be kept under the older program's key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_is_exchanged_meanwhile_is_not_kept_as_the_former() {
+    let Some(bench) = Bench::new("exchanged") else { return };
+    let once = bench.folder.path().join("exchanged");
+    let then = format!("[ -e {0} ] || {{ touch {0}; echo '# another' >>\"$0\"; }}", once.display());
+    let vms = bench.vms_of(Some(bench.wrapped(&then)));
+    let spec = spec();
+    let refused = vms.start(&spec, Epoch(1)).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::HypervisorFailed);
+    assert!(refused.detail.contains("was exchanged while it was looked at"), "{refused}");
+    let kept = std::fs::read_dir(bench.folder.path().join("s/catalogue")).map_or(0, Iterator::count);
+    assert_eq!(kept, 0, "something was kept");
+    bench.nothing_is_left();
+    vms.start(&spec, Epoch(2)).await.unwrap();
+    vms.stop(spec.uuid, Epoch(2)).await.unwrap();
+    assert_eq!(bench.dry_runs(), 2);
+    bench.nothing_is_left();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dry_run_of_a_daemon_that_died_is_swept_up() {
     let Some(bench) = Bench::new("swept") else { return };

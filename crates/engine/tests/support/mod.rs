@@ -256,6 +256,19 @@ pub struct Mutation {
     pub bytes: Vec<u8>,
 }
 
+/// Rows whose stream has no end that a source could see: they run into a budget instead.
+pub const ENDLESS: [&str; 7] = [
+    "deep description",
+    "11 absent",
+    "11 other bytes",
+    "11 other type",
+    "NUL in the description",
+    "truncated",
+    "stops in the ram section",
+];
+/// Rows with bytes behind a good end, which spoil the source's proof.
+pub const MORE_BEHIND_THE_END: [&str; 2] = ["12", "two streams"];
+
 fn description(stream: &[u8], marks: &Marks) -> serde_json::Value {
     serde_json::from_slice(&stream[marks.end_mark + 6..]).unwrap()
 }

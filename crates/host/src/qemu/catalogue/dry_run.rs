@@ -5,6 +5,7 @@
 
 use crate::cgroup::Group;
 use crate::channel::HypervisorListener;
+use crate::daemon::lock;
 use crate::error::HostError;
 use crate::folders::{last_words, private_folder};
 use crate::migration::source::fresh_nonce;
@@ -19,7 +20,7 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use types::Problem;
@@ -110,6 +111,8 @@ pub(super) struct DryRun<'a> {
 struct Place {
     folder: PathBuf,
     group: Group,
+    /// Everything that was started in it: where no cgroup is mounted, nothing else would know.
+    processes: Mutex<Vec<Process>>,
 }
 
 impl DryRun<'_> {
@@ -118,7 +121,11 @@ impl DryRun<'_> {
         let nonce =
             fresh_nonce().map_err(|e| DryRunError::Start(HostError::system("no random numbers", e)))?;
         let name = format!("{PREFIX}{}", &nonce.to_string()[..12]);
-        let place = Place { folder: self.run_folder.join(&name), group: self.group.child(&name) };
+        let place = Place {
+            folder: self.run_folder.join(&name),
+            group: self.group.child(&name),
+            processes: Mutex::default(),
+        };
         let work = async {
             self.open(&place).await?;
             let dumped = async {
@@ -153,7 +160,9 @@ impl DryRun<'_> {
             input: std::process::Stdio::null(),
             log,
         };
-        spawn.start().map_err(DryRunError::Start)
+        let process = spawn.start().map_err(DryRunError::Start)?;
+        lock(&place.processes).push(process.clone());
+        Ok(process)
     }
 
     async fn stream(&self, place: &Place) -> Result<Vec<u8>, DryRunError> {
@@ -200,6 +209,10 @@ impl DryRun<'_> {
 impl Place {
     /// Nothing in it is worth a polite end.
     async fn clear(&self) {
+        let started = std::mem::take(&mut *lock(&self.processes));
+        for process in started.iter().filter(|process| process.is_alive()) {
+            sweep::end_process(process).await;
+        }
         let left = sweep::end_all(&self.group).await;
         if !left.is_empty() {
             tracing::error!(?left, cgroup = self.group.path(), "a dry run cannot be ended");

@@ -70,6 +70,9 @@ pub enum CatalogueError {
     /// The devices can't be described.
     #[error("the catalogue cannot be compiled")]
     Compile(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// What was recorded is not what the key names.
+    #[error("QEMU, its firmware or a boot file was exchanged while it was looked at; ask again")]
+    Exchanged,
     /// It is of no use to the inspector.
     #[error("the catalogue has {bytes} bytes, the inspector takes {MAX_CATALOGUE_BYTES}")]
     TooLarge {
@@ -206,9 +209,14 @@ impl Catalogues {
         let began = std::time::Instant::now();
         let recording = self.record(binary, machine, spec).await.map_err(CatalogueError::DryRun)?;
         let recorded_ms = began.elapsed().as_millis();
-        let (own, hypervisor) = (self.clone(), binary.hypervisor.clone());
+        let (own, binary, named, reduced) = (self.clone(), binary.clone(), machine.to_owned(), spec.clone());
         let work = move || {
-            let shape = shape_of(&recording, &hypervisor)?;
+            // An upgrade in between would be kept under the older program's key for good.
+            let build = own.programs.identify(&binary).map_err(CatalogueError::Program)?;
+            if key::of(&build, &named, &reduced) != key {
+                return Err(CatalogueError::Exchanged);
+            }
+            let shape = shape_of(&recording, &binary.hypervisor)?;
             if let Err(error) = own.store.save(key, &shape) {
                 // It is made again by the next daemon.
                 tracing::warn!(error = chain(&error), "the catalogue cannot be kept");
