@@ -81,6 +81,9 @@ pub struct VmInspection {
     pub enrolment: Enrolment,
     /// Why there is no catalogue.
     pub catalogue_missing: Option<String>,
+    /// What was plugged into the running VM, or unplugged from it, behind the manager's back; it does not move so.
+    #[serde(default)]
+    pub differences: Vec<String>,
 }
 
 /// `POST /v1/vms/{name}/start`.

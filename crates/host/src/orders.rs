@@ -4,10 +4,12 @@
 
 use crate::agents::Ready;
 use crate::daemon::{Daemon, IdleAgent, lock, now_unix_us};
+use crate::error::HostError;
 use crate::load::LoadMeter;
 use crate::migration::registry::{Migrations, PrepareOrder, StartOrder};
 use crate::migration::source::fresh_nonce;
 use crate::migration::{Control, Input, PeerAnswer};
+use crate::qemu::plugged;
 use api::fleet::{self, Done, Reply, reply, to_host::Body, to_manager};
 use engine::handover::{Resolution, source, target};
 use std::str::FromStr;
@@ -148,13 +150,14 @@ impl Orders {
             .running(vm)
             .ok_or_else(|| Problem::new(ErrorCode::VmNotRunning, "the VM does not run on this host"))?;
         let record = instance.record();
+        let differences = instance.differences().await.map_err(|e| HostError::from(e).problem())?;
         let shape = self.daemon.vms.shape(&record.spec, &record.machine).await?;
         let catalogue_json = serde_json::to_string(&shape.catalogue).map_err(|e| bad(e.to_string()))?;
         if catalogue_json.len() > CATALOGUE_MESSAGE_BYTES_MAX {
             let text = format!("the catalogue has {} bytes, too many for one message", catalogue_json.len());
             return Err(Problem::new(ErrorCode::LimitReached, text));
         }
-        Ok(reply::Result::Inspected(fleet::Inspected { catalogue_json }))
+        Ok(reply::Result::Inspected(fleet::Inspected { catalogue_json, differences }))
     }
 
     /// An operator's wish becomes this host's signed request: only a host that holds the VM makes one.
@@ -175,10 +178,27 @@ impl Orders {
         Ok(done())
     }
 
+    /// A VM that has other devices than its spec says does not move: no target would be started with them.
+    async fn expect_its_devices(&self, vm: VmId) -> Result<(), Problem> {
+        let instance = self
+            .daemon
+            .vms
+            .running(vm)
+            .ok_or_else(|| Problem::new(ErrorCode::VmNotOnSource, "the VM does not run on this host"))?;
+        let differences = instance.differences().await.map_err(|e| HostError::from(e).problem())?;
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(plugged::problem(&instance.record().spec, &differences))
+    }
+
     /// Repeating the order is answered with the same key.
     async fn spawn_agent(&self, order: fleet::SpawnAgent) -> Outcome {
         let migration: MigrationId = parse("migration", &order.migration)?;
         let side = side(&order.side)?;
+        if side == Side::Source {
+            self.expect_its_devices(parse("VM", &order.vm)?).await?;
+        }
         if let Some(idle) = lock(&self.daemon.idle_agents).get(&(migration, side)) {
             return Ok(agent_ready(&idle.ready));
         }

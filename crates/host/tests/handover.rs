@@ -48,6 +48,10 @@ fn spec(folder: &Path) -> VmSpec {
 static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 async fn lab() -> Option<Lab> {
+    lab_of("q35").await
+}
+
+async fn lab_of(machine: &str) -> Option<Lab> {
     if let Some(reason) = missing() {
         eprintln!("SKIPPED: {reason}");
         return None;
@@ -56,7 +60,7 @@ async fn lab() -> Option<Lab> {
     let manager = Manager::start(folder.path()).await;
     let a = Host::start(&manager, folder.path(), "host-a", "127.0.0.1").await;
     let b = Host::start(&manager, folder.path(), "host-b", "127.0.0.2").await;
-    let spec = spec(folder.path());
+    let spec = VmSpec { machine: machine.to_owned(), ..spec(folder.path()) };
     let inventory = manager.start_vm("host-a", &spec, 1).await;
     Some(Lab { manager, a, b, spec, inventory, _folder: folder })
 }
@@ -519,6 +523,35 @@ async fn an_intent_becomes_a_signed_request_and_a_dead_vm_is_told() {
         .until("the VM's end", |w| w.vm_events.iter().find(|(_, state)| state == "dead").cloned())
         .await;
     lab.a.only(0).await;
+}
+
+/// On `pc`, whose PCI bus takes a device at any time.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_plugged_in_behind_the_daemon_is_named_before_anything_moves() {
+    let _turn = TURN.lock().await;
+    let Some(lab) = lab_of("pc").await else { return };
+    let inspect = async || {
+        let order = fleet::InspectVm { vm: lab.spec.uuid.to_string() };
+        match lab.manager.order("host-a", to_host::Body::InspectVm(order)).await.unwrap() {
+            fleet::reply::Result::Inspected(inspected) => inspected.differences,
+            other => panic!("{other:?}"),
+        }
+    };
+    let agent = async |host: &str, side| {
+        let id = types::MigrationId::from_bytes(*b"plugged behind..");
+        lab.manager.agent(host, id, lab.spec.uuid, side).await
+    };
+    assert_eq!(inspect().await, [""; 0]);
+    agent("host-a", types::Side::Source).await.unwrap();
+    lab.a.runs().await;
+    lab.a.qmp_with("device_add", json!({"driver": "virtio-rng-pci", "id": "x"})).await;
+    assert_eq!(inspect().await, ["virtio-rng-pci \"x\" was plugged in"]);
+    let refused = agent("host-a", types::Side::Source).await.unwrap_err();
+    assert_eq!(refused.code, "devices-differ", "{refused:?}");
+    assert!(refused.detail.contains("VM tiny") && refused.detail.contains("virtio-rng-pci"), "{refused:?}");
+    assert!(refused.hint.contains("undo it"), "{refused:?}");
+    // A target's agent is not about a VM that runs there.
+    agent("host-b", types::Side::Target).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,6 +21,9 @@ use types::{Epoch, ErrorCode, HostName, Name, Problem, VmId};
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// The host may have to make the catalogue first: a dry run has 20 s.
 const INSPECT_LIMIT: Duration = Duration::from_secs(25);
+/// A host names a few and counts the rest.
+const DIFFERENCES_MAX: usize = 16;
+const DIFFERENCE_CHARS_MAX: usize = 200;
 /// Stopping ends a process.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// Enough for every guest that fits a machine.
@@ -319,15 +322,20 @@ pub(crate) async fn inspect(manager: &Manager, name: &Name) -> Result<VmInspecti
             "it runs on no host whose QEMU could describe its devices",
         )),
     };
-    let (catalogue, catalogue_missing) = match asked {
-        Ok(catalogue) => (Some(catalogue), None),
-        Err(problem) => (None, Some(problem.detail)),
+    let (catalogue, differences, catalogue_missing) = match asked {
+        Ok((catalogue, differences)) => (Some(catalogue), differences, None),
+        Err(problem) => (None, vec![], Some(problem.detail)),
     };
     let enrolment = types::inventory::Enrolment { inventory, catalogue };
-    Ok(VmInspection { vm: name.clone(), host: row.host, enrolment, catalogue_missing })
+    Ok(VmInspection { vm: name.clone(), host: row.host, enrolment, catalogue_missing, differences })
 }
 
-async fn catalogue_of(manager: &Manager, host: &HostName, vm: VmId) -> Result<Catalogue, Problem> {
+/// The catalogue, and how the VM's devices differ from its spec.
+async fn catalogue_of(
+    manager: &Manager,
+    host: &HostName,
+    vm: VmId,
+) -> Result<(Catalogue, Vec<String>), Problem> {
     let session = manager.fleet.require(host)?;
     let order = to_host::Body::InspectVm(InspectVm { vm: vm.to_string() });
     let inspected = match session.order(order, INSPECT_LIMIT).await? {
@@ -338,8 +346,11 @@ async fn catalogue_of(manager: &Manager, host: &HostName, vm: VmId) -> Result<Ca
     if inspected.catalogue_json.len() > MAX_CATALOGUE_BYTES {
         return Err(bad("the catalogue is longer than any real one"));
     }
-    serde_json::from_str(&inspected.catalogue_json)
-        .map_err(|e| bad(&format!("the catalogue cannot be read: {e}")))
+    let catalogue = serde_json::from_str(&inspected.catalogue_json)
+        .map_err(|e| bad(&format!("the catalogue cannot be read: {e}")))?;
+    let bounded = |text: String| text.chars().take(DIFFERENCE_CHARS_MAX).collect();
+    let differences = inspected.differences.into_iter().take(DIFFERENCES_MAX).map(bounded).collect();
+    Ok((catalogue, differences))
 }
 
 /// A host says that one of its VMs changed. While a migration is open, its statements say what counts.

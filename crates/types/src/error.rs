@@ -50,6 +50,8 @@ codes! {
     VmNotRunning = "vm-not-running", 409, 3;
     /// The VM is running already.
     VmAlreadyRunning = "vm-already-running", 409, 3;
+    /// A running VM has other devices than its spec says.
+    DevicesDiffer = "devices-differ", 409, 3;
     /// The VM has an open migration.
     MigrationInFlight = "migration-in-flight", 409, 3;
     /// A nonce was seen before.

@@ -10,6 +10,9 @@ const NIC_SLOT_FIRST: usize = 0x02;
 const DISK_SLOT_FIRST: usize = 0x0a;
 /// Most interfaces, and most disks: their slots must not meet.
 pub const DEVICES_MAX: usize = 8;
+/// QEMU's type of every interface, and of every disk.
+pub(super) const NIC_DEVICE: &str = "virtio-net-pci";
+pub(super) const DISK_DEVICE: &str = "virtio-blk-pci";
 /// A disk's size is a number in its state; it shapes nothing.
 const DRY_RUN_DISK_BYTES: u64 = 1 << 30;
 /// No QEMU of ours starts programs, nor becomes more than it is.
@@ -157,7 +160,7 @@ fn network(index: usize, launch: &Launch<'_>) -> String {
 
 fn interface(args: &mut Args, index: usize, nic: &NicSpec) {
     let slot = NIC_SLOT_FIRST + index;
-    args.pair("-device", format!("virtio-net-pci,netdev=net{index},mac={},romfile=,addr={slot:#x}", nic.mac));
+    args.pair("-device", format!("{NIC_DEVICE},netdev=net{index},mac={},romfile=,addr={slot:#x}", nic.mac));
 }
 
 /// What a disk is backed by.
@@ -176,7 +179,13 @@ fn image(index: usize, disk: &DiskSpec, purpose: Purpose) -> String {
 
 fn disk(args: &mut Args, index: usize) {
     let slot = DISK_SLOT_FIRST + index;
-    args.pair("-device", format!("virtio-blk-pci,drive=disk{index},id=vd{index},addr={slot:#x}"));
+    let id = disk_id(index);
+    args.pair("-device", format!("{DISK_DEVICE},drive=disk{index},id={id},addr={slot:#x}"));
+}
+
+/// The id of a disk's device.
+pub(super) fn disk_id(index: usize) -> String {
+    format!("vd{index}")
 }
 
 /// Process names are cut at 15 bytes by the kernel.

@@ -4,4 +4,5 @@ pub mod binary;
 pub mod catalogue;
 pub mod command;
 pub mod inventory;
+pub mod plugged;
 pub mod tap;

@@ -7,7 +7,7 @@ use crate::folders::remove_file;
 use crate::freezer::Freezer;
 use crate::process::Process;
 use crate::qemu::command::Paths;
-use crate::qemu::tap;
+use crate::qemu::{plugged, tap};
 use crate::qmp::{Qmp, QmpError};
 use crate::sweep;
 use serde_json::{Value, json};
@@ -163,6 +163,15 @@ impl Instance {
     /// The monitor failed.
     pub async fn migration(&self) -> Result<Value, QmpError> {
         self.monitor().await?.execute("query-migrate", json!({})).await
+    }
+
+    /// What was plugged into it, or unplugged, since it was started.
+    ///
+    /// # Errors
+    /// The monitor failed.
+    pub async fn differences(&self) -> Result<Vec<String>, QmpError> {
+        let spec = self.record().spec;
+        plugged::differences(&self.monitor().await?, &spec).await
     }
 
     /// Removes everything that was made for it, after its process has ended: taps, sockets, cgroup, record (I12).

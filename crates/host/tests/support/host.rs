@@ -161,10 +161,15 @@ impl Host {
 
     /// A command on the second monitor of the only QEMU.
     pub async fn qmp(&self, command: &str) -> serde_json::Value {
+        self.qmp_with(command, serde_json::json!({})).await
+    }
+
+    /// One with arguments.
+    pub async fn qmp_with(&self, command: &str, arguments: serde_json::Value) -> serde_json::Value {
         let folder = std::fs::read_dir(self.folder.join("r")).unwrap().flatten();
         let folder = folder.map(|e| e.path()).find(|p| p.join("qmp2").exists()).unwrap();
         let (qmp, _) = Qmp::connect(&folder.join("qmp2"), false, super::PATIENCE).await.unwrap();
-        qmp.execute(command, serde_json::json!({})).await.unwrap()
+        qmp.execute(command, arguments).await.unwrap()
     }
 
     /// How its guest stands.

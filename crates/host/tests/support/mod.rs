@@ -30,7 +30,7 @@ use types::handover::{AbortReason, HandoverKey, PriorRunState, Statement};
 use types::inventory::Inventory;
 use types::permit::{HostPart, PermitClaims, StreamFeatures};
 use types::vm::VmSpec;
-use types::{Epoch, ErrorCode, HostName, MigrationId, Nonce, Side};
+use types::{Epoch, ErrorCode, HostName, MigrationId, Nonce, Side, VmId};
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -220,10 +220,16 @@ impl Manager {
         }
     }
 
-    async fn agent(&self, host: &str, migration: MigrationId, side: Side) -> Vec<u8> {
-        let order = fleet::SpawnAgent { migration: migration.to_string(), side: side.to_string() };
-        match self.order(host, to_host::Body::SpawnAgent(order)).await.unwrap() {
-            fleet::reply::Result::Agent(agent) => agent.spki_der,
+    pub async fn agent(
+        &self,
+        host: &str,
+        migration: MigrationId,
+        vm: VmId,
+        side: Side,
+    ) -> Result<Vec<u8>, fleet::Error> {
+        let (migration, side, vm) = (migration.to_string(), side.to_string(), vm.to_string());
+        match self.order(host, to_host::Body::SpawnAgent(fleet::SpawnAgent { migration, side, vm })).await? {
+            fleet::reply::Result::Agent(agent) => Ok(agent.spki_der),
             other => panic!("{other:?}"),
         }
     }
@@ -231,8 +237,10 @@ impl Manager {
     /// Issues a permit for a fresh migration; both agents are spawned.
     pub async fn permit(&self, spec: &VmSpec, epoch: u64, from: &str, to: &str) -> (Vec<u8>, PermitClaims) {
         let migration = MigrationId::from_bytes(random());
-        let agents =
-            [self.agent(from, migration, Side::Source).await, self.agent(to, migration, Side::Target).await];
+        let agents = [
+            self.agent(from, migration, spec.uuid, Side::Source).await.unwrap(),
+            self.agent(to, migration, spec.uuid, Side::Target).await.unwrap(),
+        ];
         let (part, journal, features, profile) = {
             let world = self.world.lock().unwrap();
             let part = |host: &str, agent: &Vec<u8>| HostPart {

@@ -216,7 +216,7 @@ fn admit(manager: &Manager, grounds: &Grounds, promised: Promised, load: &Load) 
 }
 
 async fn spawn(session: &Session, row: &MigrationRow, side: Side) -> Result<Vec<u8>, Problem> {
-    let order = SpawnAgent { migration: row.id.to_string(), side: side.to_string() };
+    let order = SpawnAgent { migration: row.id.to_string(), side: side.to_string(), vm: row.vm.to_string() };
     match session.order(to_host::Body::SpawnAgent(order), AGENT_LIMIT).await? {
         // An Ed25519 SPKI has 44 bytes; nothing near a kilobyte is a key.
         reply::Result::Agent(agent) if agent.spki_der.len() <= 256 => Ok(agent.spki_der),

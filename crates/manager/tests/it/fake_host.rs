@@ -405,7 +405,7 @@ impl FakeHost {
             B::InspectVm(_) => {
                 let catalogue = json!({ "hypervisor": "qemu/10.0.2", "machine": "pc-q35-10.0", "layouts": [], "sections": [] });
                 let catalogue_json = catalogue.to_string();
-                Outcome::Inspected(Inspected { catalogue_json })
+                Outcome::Inspected(Inspected { catalogue_json, differences: vec![] })
             }
             B::StopVm(order) => {
                 let vm: VmId = order.vm.parse().unwrap();

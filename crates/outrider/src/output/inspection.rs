@@ -16,6 +16,9 @@ pub(crate) fn vm(v: &VmInspection, width: usize) -> String {
         .add("Host", v.host.as_ref().map_or("-", |host| host.as_str()))
         .add("Page size", format_bytes(u64::from(inventory.page_size_bytes)))
         .add_some("No catalogue", v.catalogue_missing.as_ref());
+    if !v.differences.is_empty() {
+        facts.add("Not as enrolled", format!("{}; it cannot be moved so", v.differences.join(", ")));
+    }
     let blocks = columns(
         &["MEMORY", "LENGTH", "CONTENT"],
         inventory.ram_blocks.iter().map(block).collect(),
@@ -66,7 +69,7 @@ mod tests {
             "devices": [{"name": "timer", "instance": 0, "version": 2},
                 {"name": "0000:00:02.0/virtio-net", "instance": 0, "version": 11}]});
         let mut shown: VmInspection = serde_json::from_value(json!({"vm": "web-1", "host": "host-a",
-            "enrolment": {"inventory": inventory, "catalogue": null}, "catalogue_missing": null}))
+            "enrolment": {"inventory": inventory, "catalogue": null}, "catalogue_missing": null, "differences": []}))
         .unwrap();
         if catalogue {
             let section = |name: &str, version, layout: Option<u32>, why: &str| {
@@ -78,6 +81,7 @@ mod tests {
                 section("0000:00:02.0/virtio-net", 11, None, "no layout of \"virtio\""),
             ];
             shown.enrolment.catalogue = Some(Catalogue { sections, ..Catalogue::default() });
+            shown.differences = vec!["virtio-rng-pci \"rng1\" was plugged in".to_owned()];
         } else {
             shown.catalogue_missing = Some("host host-a is not connected".to_owned());
         }
