@@ -1,6 +1,8 @@
 //! Two host daemons, real QEMUs and real agents, over loopback: the whole hand-over, given up, and cut by kill -9.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../../engine/tests/support/skip.rs"]
+mod skip;
 mod support;
 
 use api::fleet::{self, to_host};
@@ -49,7 +51,7 @@ static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 async fn lab() -> Option<Lab> {
     if let Some(reason) = missing() {
-        eprintln!("SKIPPED: {reason}");
+        skip::skip(&reason);
         return None;
     }
     let folder = tempfile::Builder::new().prefix("oht").tempdir().unwrap();
@@ -401,7 +403,7 @@ async fn a_signature_keeps_a_vm_where_it_is_and_a_clean_one_moves() {
     let _turn = TURN.lock().await;
     let scanner = match scanner() {
         Ok(scanner) => scanner,
-        Err(reason) => return eprintln!("SKIPPED: {reason}"),
+        Err(reason) => return skip::skip(&reason),
     };
     let Some(mut lab) = lab().await else { return };
     let rules = lab._folder.path().join("rules.yar");
@@ -524,7 +526,7 @@ async fn an_intent_becomes_a_signed_request_and_a_dead_vm_is_told() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_certificate_is_renewed_before_it_ends() {
     if let Some(reason) = missing() {
-        eprintln!("SKIPPED: {reason}");
+        skip::skip(&reason);
         return;
     }
     let folder = tempfile::Builder::new().prefix("ohr").tempdir().unwrap();
@@ -543,7 +545,7 @@ async fn a_certificate_is_renewed_before_it_ends() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_renewal_that_is_not_answered_holds_nothing_up() {
     if let Some(reason) = missing() {
-        eprintln!("SKIPPED: {reason}");
+        skip::skip(&reason);
         return;
     }
     let folder = tempfile::Builder::new().prefix("ohw").tempdir().unwrap();
