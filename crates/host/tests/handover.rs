@@ -386,13 +386,15 @@ async fn a_target_without_a_catalogue_takes_a_vm_only_where_the_permit_says_so()
 async fn a_permit_that_asks_for_signatures_is_refused_without_a_scanner() {
     let _turn = TURN.lock().await;
     let Some(lab) = lab().await else { return };
-    lab.manager.world.lock().unwrap().profile = Some("strict+signatures");
-    let (token, claims) = lab.manager.permit(&lab.spec, 1, "host-a", "host-b").await;
-    let refused = lab.manager.prepare(&token, &claims, &lab.spec, &lab.inventory).await.unwrap_err();
-    assert_eq!(refused.code, "missing-program", "{refused:?}");
-    assert!(refused.detail.contains("the permit asks for signatures"), "{refused:?}");
-    lab.decline_source(&claims).await;
-    lab.manager.row("given up", claims.key.migration, given_up).await;
+    for (epoch, profile) in [(1, "strict+signatures"), (3, "strict+signatures-complete")] {
+        lab.manager.world.lock().unwrap().profile = Some(profile);
+        let (token, claims) = lab.manager.permit(&lab.spec, epoch, "host-a", "host-b").await;
+        let refused = lab.manager.prepare(&token, &claims, &lab.spec, &lab.inventory).await.unwrap_err();
+        assert_eq!(refused.code, "missing-program", "{refused:?}");
+        assert!(refused.detail.contains("the permit asks for signatures"), "{refused:?}");
+        lab.decline_source(&claims).await;
+        lab.manager.row("given up", claims.key.migration, given_up).await;
+    }
     lab.a.only(1).await;
     lab.b.only(0).await;
 }
@@ -422,7 +424,9 @@ async fn a_signature_keeps_a_vm_where_it_is_and_a_clean_one_moves() {
     lab.b.only(0).await;
     lab.a.runs().await;
 
+    // Where every page is to be seen, every page was.
     std::fs::write(&rules, rule("nothing holds this text")).unwrap();
+    lab.manager.world.lock().unwrap().profile = Some("strict+signatures-complete");
     let id = lab.migrate(3, "host-a", "host-b").await.key.migration;
     lab.manager.row("completed", id, completed).await;
     lab.a.only(0).await;
