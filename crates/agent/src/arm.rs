@@ -5,12 +5,13 @@ use engine::inspect::devices::Unvouched;
 use engine::inspect::{Inspector, Limits, Unsupported};
 use link::channel::{ChannelConfig, ChannelError, EphemeralKey};
 use permit::{KeyError, KeyRing, PermitRefusal, PermitToken, VerifiedPermit, VerifyingKey};
+use signature::Policy;
 use std::time::Duration;
 use types::handover::Side;
 use types::inventory::Inventory;
 use types::layout::Catalogue;
 use types::permit::{MAX_MULTIFD_CHANNELS, PermitClaims};
-use types::profile::{InspectionProfile, UnknownProfile};
+use types::profile::{InspectionProfile, SignatureSearch, UnknownProfile};
 use types::{ErrorCode, MigrationId};
 
 /// What [`types::agent::ToAgent::Hello`] settled.
@@ -41,6 +42,30 @@ pub struct Armed {
     pub catalogue: Option<Catalogue>,
     /// How long the transfer may take from now: the duration budget or the run deadline, whichever is shorter.
     pub time_left: Duration,
+}
+
+/// The longest that a scanner may take for a batch of pages, or for the verdict: a fifth of a millisecond is
+/// usual, and it gives up on a run of pages after 2 s.
+const MAX_SCANNER_PATIENCE: Duration = Duration::from_secs(10);
+
+impl Armed {
+    /// How long the guest may stand still until its stream is accepted.
+    #[must_use]
+    pub fn downtime_budget(&self) -> Duration {
+        Duration::from_millis(self.permit.claims().downtime_budget_ms).min(self.time_left)
+    }
+
+    /// What the permit's profile asks of the scanner. One that gets stuck while the guest is stopped is to be
+    /// named before the downtime budget ends, which would not name it.
+    #[must_use]
+    pub fn signature_policy(&self) -> Policy {
+        match self.profile.signatures {
+            SignatureSearch::Off | SignatureSearch::BestEffort => Policy::default(),
+            SignatureSearch::Complete => {
+                Policy::complete((self.downtime_budget() / 2).min(MAX_SCANNER_PATIENCE))
+            }
+        }
+    }
 }
 
 /// A day: longer budgets than this are as good as none, and can't overflow the clock.

@@ -73,11 +73,13 @@ impl Signatures {
     }
 
     /// Once a turn, with what poll said.
+    ///
+    /// What the scanner has said is heard first: it is not late because this process was.
     pub fn ready(&mut self, ready: PollFlags, now: Instant) {
-        self.scan.tick(now);
         if ready.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
             self.read(now);
         }
+        self.scan.tick(now);
         self.write();
         if self.scan.verdict().is_some() {
             self.socket = None;

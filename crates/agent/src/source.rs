@@ -116,7 +116,7 @@ impl Source {
             stream_bytes: 0,
             byte_budget: claims.byte_budget,
             time_budget: now + armed.time_left,
-            downtime_budget: Duration::from_millis(claims.downtime_budget_ms).min(armed.time_left),
+            downtime_budget: armed.downtime_budget(),
             stopped_since: None,
             end: EndDetector::new(
                 &armed.inventory,

@@ -85,6 +85,10 @@ impl Output for Counted<'_> {
     fn page(&mut self, block: usize, offset: u64, piece: &[u8]) {
         self.out.page(block, offset, piece);
     }
+
+    fn has_room(&self) -> bool {
+        self.out.has_room()
+    }
 }
 
 impl Target {
@@ -93,16 +97,15 @@ impl Target {
     /// # Errors
     /// There is no inspector for this record and permit.
     pub fn new(armed: &Armed, now: Instant) -> Result<Self, Unsupported> {
-        let claims = armed.permit.claims();
         Ok(Self {
             stage: Stage::Receiving,
             inspector: Inspector::new(&armed.inventory, armed.catalogue.as_ref(), &armed.limits)?,
             lanes: (0..armed.lanes).map(|_| Received::default()).collect(),
             held_since: None,
-            awaits_verdict: armed.profile.signatures,
+            awaits_verdict: armed.profile.signatures.is_on(),
             released_bytes: 0,
             time_budget: now + armed.time_left,
-            downtime_budget: Duration::from_millis(claims.downtime_budget_ms).min(armed.time_left),
+            downtime_budget: armed.downtime_budget(),
             main_ended: None,
             suspended: false,
             peer_suspended: false,
@@ -171,15 +174,31 @@ impl Target {
             self.held_since = Some(now);
         }
         result.map_err(|refused| vec![reject(finding(&refused.violation, refused.channel, "terminated"))])?;
-        if self.is_stuck() { Err(self.finish(now)) } else { Ok(()) }
+        if self.is_over() { Err(self.finish(now)) } else { Ok(()) }
     }
 
-    /// Nothing can come any more that any open lane waits for.
-    fn is_stuck(&self) -> bool {
-        let lanes = || (0u16..).zip(&self.lanes);
+    /// Whether bytes that came wait for room in the scanner, and for nothing else.
+    #[must_use]
+    pub fn is_held_back(&self) -> bool {
+        self.stage == Stage::Receiving && self.inspector.is_held_back()
+    }
+
+    /// Goes on with what was held back, as [`Self::data`] does with new bytes.
+    pub fn resume(&mut self, now: Instant, out: &mut dyn Output) -> Vec<Effect> {
+        let mut counted = Counted { released_bytes: &mut self.released_bytes, out };
+        match self.inspector.resume(&mut counted) {
+            Err(refused) => vec![reject(finding(&refused.violation, refused.channel, "terminated"))],
+            Ok(()) if self.is_over() => self.finish(now),
+            Ok(()) => Vec::new(),
+        }
+    }
+
+    /// Whether all has come: every lane has ended, or what is open waits for what can't come any more.
+    fn is_over(&self) -> bool {
+        let mut lanes = (0u16..).zip(&self.lanes);
         self.has_ended(0)
-            && lanes().any(|(_, received)| !received.ended)
-            && lanes().all(|(lane, received)| received.ended || !self.inspector.wants(lane))
+            && !self.inspector.is_held_back()
+            && lanes.all(|(lane, received)| received.ended || !self.inspector.wants(lane))
     }
 
     /// A control frame of the other agent.
@@ -216,8 +235,7 @@ impl Target {
         if lane == 0 {
             self.main_ended = Some(now);
         }
-        let all = self.lanes.iter().all(|received| received.ended);
-        if all || self.is_stuck() { self.finish(now) } else { Vec::new() }
+        if self.is_over() { self.finish(now) } else { Vec::new() }
     }
 
     /// Judges the whole.
@@ -364,8 +382,9 @@ impl Target {
             return vec![Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded)];
         }
         let late = |ended| now >= ended + self.downtime_budget;
-        if self.stage == Stage::Receiving && self.main_ended.is_some_and(late) {
-            let detail = "the guest is stopped and its stream does not end within the downtime budget";
+        if matches!(self.stage, Stage::Receiving | Stage::Judging { .. }) && self.main_ended.is_some_and(late)
+        {
+            let detail = "the guest is stopped and its stream is not accepted within the downtime budget";
             return vec![Effect::end(EndedBy::Budget, detail, ErrorCode::BudgetExceeded)];
         }
         if self.suspended || self.peer_suspended {

@@ -16,11 +16,13 @@ use outrider_agent::effect::{Effect, End};
 use outrider_agent::signatures::Judgement;
 use outrider_agent::source::Source;
 use outrider_agent::target::Target;
+use signature::Policy;
 use std::time::{Duration, Instant};
 use support::{NOW_UNIX_S, claims, migration, sign};
 use types::agent::{EndedBy, FromAgent};
 use types::handover::{Side, StreamEvidence};
 use types::migration::Finding;
+use types::profile::SignatureSearch;
 use types::{Digest, ErrorCode};
 use wire::frame::Control;
 
@@ -105,13 +107,40 @@ fn digests_that_differ_release_no_device_state() {
 fn judging() -> (Target, Vec<u8>) {
     let stream = streams::handmade();
     let mut armed = armed();
-    armed.profile.signatures = true;
+    armed.profile.signatures = SignatureSearch::BestEffort;
     let mut target = Target::new(&armed, Instant::now()).unwrap();
     target.data(0, &stream, Instant::now(), &mut |_: u16, _: &[u8]| {}).unwrap();
     let evidence = StreamEvidence { stream_bytes: stream.len() as u64, digest: Digest::of(&stream) };
     assert_eq!(target.control(0, Control::End(evidence), Instant::now()), []);
     assert!(target.is_judging());
     (target, stream)
+}
+
+/// The permit's downtime budget holds while the verdict is awaited.
+#[test]
+fn a_verdict_that_does_not_come_runs_into_the_downtime_budget() {
+    let begin = Instant::now();
+    let (mut target, _) = judging();
+    assert_eq!(target.tick(begin + Duration::from_secs(4)), []);
+    assert!(is_end_by(&target.tick(begin + Duration::from_secs(6)), EndedBy::Budget));
+}
+
+/// A scanner that gets stuck is named before the downtime budget ends, and long before the stream counts as
+/// silent.
+#[test]
+fn a_scanner_has_half_of_the_downtime_budget_where_the_stream_waits_for_it() {
+    let mut armed = armed();
+    assert_eq!(armed.downtime_budget(), Duration::from_secs(5));
+    for (search, expect) in [
+        (SignatureSearch::Off, Policy::default()),
+        (SignatureSearch::BestEffort, Policy::default()),
+        (SignatureSearch::Complete, Policy::complete(Duration::from_millis(2_500))),
+    ] {
+        armed.profile.signatures = search;
+        assert_eq!(armed.signature_policy(), expect, "{search:?}");
+    }
+    armed.time_left = Duration::from_secs(2);
+    assert_eq!(armed.signature_policy(), Policy::complete(Duration::from_secs(1)));
 }
 
 fn signature_finding() -> Finding {

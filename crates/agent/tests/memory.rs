@@ -157,14 +157,26 @@ struct Flood {
 
 impl Flood {
     fn connect(lanes: u16, inventory: &Inventory) -> Self {
+        Self::connect_beside(lanes, inventory, None)
+    }
+
+    /// With a scanner that is to see everything.
+    fn connect_beside(lanes: u16, inventory: &Inventory, scanner: Option<&UnixStream>) -> Self {
         let mut target = Agent::start(Side::Target, migration());
         let key = EphemeralKey::generate().unwrap();
         let mut claims = claims(key.spki(), &target.spki);
         claims.byte_budget = u64::MAX;
         claims.features.multifd_channels = lanes;
+        if scanner.is_some() {
+            claims.inspection_profile = "strict+signatures-complete+report-unvouched".to_owned();
+            claims.downtime_budget_ms = 60_000;
+        }
         let permit = sign(&claims);
         target.arm(&permit, inventory);
         target.wait(|m| matches!(m, FromAgent::Armed));
+        if let Some(scanner) = scanner {
+            target.attach(Descriptor::Scanner, scanner);
+        }
         let identity = Identity { side: Side::Source, migration: migration(), key };
         let armed =
             arm(&identity, &permit.token, &permit.keys, NOW_UNIX_S, (inventory.clone(), None)).unwrap();
@@ -281,6 +293,21 @@ fn a_target_whose_qemu_stands_still_fits() {
     let streams: Vec<_> = std::iter::once(main).chain((0..16).map(full_lane)).collect();
     flood.pour(&streams);
     check("stalled, 17 lanes, device state", &[&flood.target]);
+}
+
+/// All lanes full behind a scanner that answers nothing, and QEMU reading nothing either.
+#[test]
+fn a_target_whose_scanner_stands_still_fits() {
+    let guest = guest(0, 0);
+    for lanes in [0, 16] {
+        let (_scanner, its_end) = UnixStream::pair().unwrap();
+        let mut flood = Flood::connect_beside(lanes, &guest.inventory, Some(&its_end));
+        flood.attach_all();
+        let main = [guest.head.clone(), touch_maps(), pages(20_000)].concat();
+        let streams: Vec<_> = std::iter::once(main).chain((0..lanes).map(full_lane)).collect();
+        flood.pour(&streams);
+        check(&format!("a scanner that stands still, {} lanes", lanes + 1), &[&flood.target]);
+    }
 }
 
 /// A source's agent whose network takes nothing.

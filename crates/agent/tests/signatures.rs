@@ -14,8 +14,8 @@ mod support;
 use engine::inspect::learn;
 use lanes::{Lanes, Streams};
 use rustix::event::PollFlags;
-use rustix::process::{Pid, Signal, kill_process};
-use scanner::Scanner;
+use rustix::process::Signal;
+use scanner::{Scanner, SlowScanner};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
@@ -24,7 +24,7 @@ use support::{Agent, PATIENCE, Pair, ready, tcp};
 use types::agent::{Descriptor, EndedBy, FromAgent, ToAgent};
 use types::handover::StreamEvidence;
 use types::inventory::Inventory;
-use types::migration::Finding;
+use types::migration::{Finding, Severity};
 use types::permit::PermitClaims;
 use types::{Digest, ErrorCode};
 
@@ -36,6 +36,13 @@ const REPORTING: &str =
 
 fn with_signatures(claims: &mut PermitClaims) {
     claims.inspection_profile = "strict+signatures+report-unvouched".to_owned();
+}
+
+/// Everything is to be seen; the scanner may take ten seconds for a batch, half of the downtime budget at
+/// most.
+fn with_complete_signatures(claims: &mut PermitClaims) {
+    claims.inspection_profile = "strict+signatures-complete+report-unvouched".to_owned();
+    claims.downtime_budget_ms = 60_000;
 }
 
 fn inventory() -> Inventory {
@@ -67,8 +74,12 @@ fn clean_pages(count: usize) -> Vec<Vec<u8>> {
 
 /// Two agents with a scanner of these rules and fake QEMUs; nothing where there is no scanner.
 fn pair(rules: &str) -> Option<(Pair, Scanner)> {
+    pair_with(rules, with_signatures)
+}
+
+fn pair_with(rules: &str, adjust: impl Fn(&mut PermitClaims)) -> Option<(Pair, Scanner)> {
     let scanner = Scanner::start(rules)?;
-    let mut pair = Pair::armed(&inventory(), with_signatures);
+    let mut pair = Pair::armed(&inventory(), adjust);
     pair.target.attach(Descriptor::Scanner, &scanner.socket);
     pair.meet();
     pair.attach_fake_target();
@@ -252,8 +263,7 @@ fn a_scanner_that_dies_ends_the_migration() {
 #[test]
 fn a_scanner_that_hangs_ends_the_migration_in_time() {
     let Some((mut pair, scanner)) = pair(RULES) else { return };
-    let pid = Pid::from_raw(i32::try_from(scanner.process.id()).unwrap()).unwrap();
-    kill_process(pid, Signal::STOP).unwrap();
+    scanner.signal(Signal::STOP);
     let stream = stream_of(&clean_pages(10));
     pair.write(&stream).join().unwrap();
     pair.source.wait(|m| matches!(m, FromAgent::EndOfStream { .. }));
@@ -264,6 +274,171 @@ fn a_scanner_that_hangs_ends_the_migration_in_time() {
     assert!(begin.elapsed() < Duration::from_secs(5));
     no_device_state(&pair.read_to_close(), &stream);
     source_is_told(&mut pair.source, pair.from_qemu.as_ref().unwrap(), "SIG-3");
+}
+
+/// What the target has released when it goes no further: two heartbeats say the same, and it is not all.
+fn held_at(target: &mut Agent, stream: &[u8]) -> u64 {
+    let deadline = Instant::now() + PATIENCE;
+    let mut last = u64::MAX;
+    loop {
+        let now = target.progress();
+        if now == last && now > 0 {
+            assert!(now < streams::Marks::of(stream).devices as u64, "nothing was held back");
+            return now;
+        }
+        assert!(Instant::now() < deadline, "the stream was never held");
+        last = now;
+    }
+}
+
+fn observed(agent: &Agent) -> Vec<&Finding> {
+    let said = agent.said.iter();
+    said.filter_map(|m| match m {
+        FromAgent::Observed { finding } => Some(finding.as_ref()),
+        _ => None,
+    })
+    .collect()
+}
+
+/// A scanner that is slow holds the stream back, and then has seen all of it.
+#[test]
+fn a_stream_waits_for_a_scanner_that_is_behind() {
+    let Some((mut pair, scanner)) = pair_with(RULES, with_complete_signatures) else { return };
+    scanner.signal(Signal::STOP);
+    let stream = stream_of(&clean_pages(5000));
+    let writer = pair.write(&stream);
+    let reader = drain(&pair);
+    let held = held_at(&mut pair.target, &stream);
+    assert!(!writer.is_finished(), "the source's QEMU wrote all of it");
+    println!("held after {held} of {} bytes", stream.len());
+    // The source hears nothing either, and goes on all the same.
+    pair.source.progress();
+    scanner.signal(Signal::CONT);
+    let accepted = pair.target.wait(|m| matches!(m, FromAgent::Accepted { .. }));
+    let FromAgent::Accepted { evidence, .. } = accepted else { unreachable!("waited for it") };
+    let good = StreamEvidence { stream_bytes: stream.len() as u64, digest: Digest::of(&stream) };
+    assert_eq!(evidence, good);
+    writer.join().unwrap();
+    assert_eq!(observed(&pair.target), Vec::<&Finding>::new(), "nothing was left unseen");
+    drop(pair);
+    assert!(reader.join().unwrap() == stream, "the stream changed on its way");
+}
+
+/// What would have passed unseen beside a scanner that is behind is found: the mark is only in the very last
+/// page.
+#[test]
+fn a_mark_behind_what_a_scanner_can_keep_up_with_is_seen() {
+    let Some((mut pair, scanner)) = pair_with(RULES, with_complete_signatures) else { return };
+    scanner.signal(Signal::STOP);
+    let stream = stream_of(&[clean_pages(3000), vec![page(5, Some(77))]].concat());
+    let writer = pair.write(&stream);
+    let reader = drain(&pair);
+    held_at(&mut pair.target, &stream);
+    scanner.signal(Signal::CONT);
+    assert_eq!(rejected(&mut pair.target).rule, "SIG-1");
+    no_device_state(&reader.join().unwrap(), &stream);
+    source_is_told(&mut pair.source, pair.from_qemu.as_ref().unwrap(), "SIG-1");
+    writer.join().unwrap();
+}
+
+#[test]
+fn a_scanner_that_dies_while_the_stream_waits_for_it_ends_the_migration() {
+    let Some((mut pair, mut scanner)) = pair_with(RULES, with_complete_signatures) else { return };
+    scanner.signal(Signal::STOP);
+    let stream = stream_of(&clean_pages(3000));
+    let writer = pair.write(&stream);
+    let reader = drain(&pair);
+    held_at(&mut pair.target, &stream);
+    scanner.kill();
+    let finding = rejected(&mut pair.target);
+    assert_eq!((finding.rule.as_str(), finding.threat.as_str()), ("SIG-4", "MM-12"));
+    assert_eq!(finding.response, "terminated");
+    no_device_state(&reader.join().unwrap(), &stream);
+    source_is_told(&mut pair.source, pair.from_qemu.as_ref().unwrap(), "SIG-4");
+    writer.join().unwrap();
+}
+
+/// One that stops reading for ever ends it as well, within half of the downtime budget: no byte comes in the
+/// meantime, and nobody calls the source silent.
+#[test]
+fn a_scanner_that_stops_reading_while_the_stream_waits_for_it_ends_the_migration_in_time() {
+    let soon = |claims: &mut PermitClaims| {
+        with_complete_signatures(claims);
+        claims.downtime_budget_ms = 3_000;
+    };
+    let Some((mut pair, scanner)) = pair_with(RULES, soon) else { return };
+    scanner.signal(Signal::STOP);
+    let stream = stream_of(&clean_pages(3000));
+    let writer = pair.write(&stream);
+    let reader = drain(&pair);
+    let begin = Instant::now();
+    let finding = rejected(&mut pair.target);
+    println!("refused {:?} after the stream began", begin.elapsed());
+    assert_eq!((finding.rule.as_str(), finding.threat.as_str()), ("SIG-3", "MM-12"));
+    assert_eq!((finding.severity, finding.response.as_str()), (Severity::Critical, "terminated"));
+    no_device_state(&reader.join().unwrap(), &stream);
+    source_is_told(&mut pair.source, pair.from_qemu.as_ref().unwrap(), "SIG-3");
+    writer.join().unwrap();
+}
+
+/// The permit's time runs while the stream waits, however slow a scanner is that still answers.
+#[test]
+fn the_permits_time_ends_a_stream_that_waits_for_its_scanner() {
+    let short = |claims: &mut PermitClaims| {
+        with_complete_signatures(claims);
+        claims.duration_budget_ms = 1_500;
+    };
+    let mut pair = Pair::armed(&inventory(), short);
+    // Of 80 batches it looks at 15 in the permit's time.
+    let scanner = SlowScanner::start(Duration::from_millis(100));
+    pair.target.attach(Descriptor::Scanner, &scanner.socket);
+    pair.meet();
+    pair.attach_fake_target();
+    pair.attach_fake_source();
+    let stream = stream_of(&clean_pages(5000));
+    let writer = pair.write(&stream);
+    let reader = drain(&pair);
+    let ended = pair.target.wait(|m| matches!(m, FromAgent::Ended { .. } | FromAgent::Rejected { .. }));
+    // Either side's clock may be the first.
+    let by_time = |what| matches!(what, EndedBy::Budget | EndedBy::Peer);
+    assert!(matches!(&ended, FromAgent::Ended { what, .. } if by_time(*what)), "{ended:?}");
+    no_device_state(&reader.join().unwrap(), &stream);
+    writer.join().unwrap();
+    drop(pair);
+    println!("ended after {} batches", scanner.end());
+}
+
+/// On several channels, each held in the middle of its stream: nothing is lost, nothing is taken for the end.
+#[test]
+fn channels_wait_for_a_scanner_that_is_behind() {
+    let Some(scanner) = Scanner::start(RULES) else { return };
+    let streams = Streams::new(4, 200, 200);
+    let mut all = Lanes::armed(4, &streams.inventory(), with_complete_signatures);
+    all.pair.target.attach(Descriptor::Scanner, &scanner.socket);
+    all.meet();
+    scanner.signal(Signal::STOP);
+    let writers = all.write_all(&streams);
+    all.give_all();
+    let readers: Vec<_> = streams.0.iter().enumerate().map(|(lane, bytes)| all.expect(lane, bytes)).collect();
+    let total = streams.0.iter().map(Vec::len).sum::<usize>() as u64;
+    let (deadline, mut last) = (Instant::now() + PATIENCE, u64::MAX);
+    loop {
+        let now = all.pair.target.progress();
+        if now == last {
+            break;
+        }
+        assert!(Instant::now() < deadline, "the channels were never held");
+        last = now;
+    }
+    println!("held after {last} of {total} bytes");
+    assert!(last < total / 2, "nothing was held back");
+    scanner.signal(Signal::CONT);
+    assert_eq!(all.accepted(), streams.evidence());
+    for (lane, reader) in readers.into_iter().enumerate() {
+        assert!(reader.join().unwrap(), "lane {lane} changed on its way");
+    }
+    assert_eq!(observed(&all.pair.target), Vec::<&Finding>::new(), "nothing was left unseen");
+    writers.into_iter().for_each(|writer| writer.join().unwrap());
 }
 
 fn refusal(agent: &mut Agent) -> (ErrorCode, String) {

@@ -60,7 +60,7 @@ fn main() {
                 let weak: Vec<_> = judged
                     .sections
                     .iter()
-                    .filter(|s| s.vouched == Vouched::UniqueCut)
+                    .filter(|s| s.vouched != Vouched::Layout)
                     .map(|s| &s.name)
                     .collect();
                 let exact = judged.sections.len() - weak.len();

@@ -4,7 +4,7 @@
 
 mod support;
 
-use outrider_engine::inspect::{Inspector, Limits, Multifd, Refused, learn};
+use outrider_engine::inspect::{Inspector, Limits, Multifd, Output, Refused, learn};
 use std::io::Read;
 use std::path::PathBuf;
 use types::VmId;
@@ -330,4 +330,85 @@ fn a_packet_that_came_before_the_block_list_is_released() {
     inspector.finish().unwrap();
     assert!(released[1] == channels[1] && released[2] == channels[2]);
     assert_eq!(inspector.finish().unwrap_err().violation.rule, "INV-E3");
+}
+
+/// QEMU's flag for packets that zlib compressed.
+const ZLIB: u32 = 2;
+
+/// A channel of compressed packets, each of them four pages with content.
+fn compressed(id: u8, first: u64, packets: usize) -> Vec<u8> {
+    let mut channel = Packets::init(id, [7; 16]);
+    let mut stream = flate2::Compress::new(flate2::Compression::best(), true);
+    for _ in 0..packets {
+        let mut payload = Vec::with_capacity(4096);
+        stream.compress_vec(&[0x5a; 4 * 4096], &mut payload, flate2::FlushCompress::Sync).unwrap();
+        let start = channel.bytes.len();
+        channel = channel.packet(ZLIB, 128, &[]);
+        let mut put = |at: usize, bytes: &[u8]| {
+            channel.bytes[start + at..start + at + bytes.len()].copy_from_slice(bytes);
+        };
+        put(16, &4u32.to_be_bytes());
+        put(20, &(payload.len() as u32).to_be_bytes());
+        put(64, b"pc.ram");
+        (0..4).for_each(|n| put(320 + 8 * n, &((first + n as u64) * 4096).to_be_bytes()));
+        channel.bytes.extend_from_slice(&payload);
+        channel = channel.sync();
+    }
+    channel.bytes
+}
+
+/// Takes a page, and then has no room until it is emptied.
+#[derive(Default)]
+struct Small {
+    released: Vec<Vec<u8>>,
+    page_bytes: usize,
+    total: usize,
+}
+
+impl Output for Small {
+    fn release(&mut self, channel: u16, bytes: &[u8]) {
+        self.released[usize::from(channel)].extend_from_slice(bytes);
+    }
+
+    fn page(&mut self, _block: usize, _offset: u64, piece: &[u8]) {
+        self.page_bytes += piece.len();
+        self.total += piece.len();
+    }
+
+    fn has_room(&self) -> bool {
+        self.page_bytes < 4096
+    }
+}
+
+/// What was given in one piece comes packet by packet, and no page of it is lost (the scanner sees every
+/// page).
+#[test]
+fn an_output_without_room_holds_channels_behind_the_packet_that_they_are_at() {
+    let packets = 20;
+    let main = support::handmade();
+    let flush = 0x200u64.to_be_bytes().repeat(packets);
+    let main = support::splice(&main, support::Marks::of(&main).part + 5, 0, &flush);
+    let channels = [main, compressed(0, 0, packets), compressed(1, 4, packets)];
+    let limits = Limits { multifd: Some(Multifd { channels: 2, method: Method::Zlib }), ..limits() };
+    let inventory = learn(&support::handmade(), "qemu/test").unwrap();
+    let mut inspector = Inspector::new(&inventory, None, &limits).unwrap();
+    let mut out = Small { released: vec![Vec::new(); 3], ..Small::default() };
+    let mut resumed = 0;
+    for (number, bytes) in (0u16..).zip(&channels) {
+        inspector.feed(number, bytes, &mut out).unwrap();
+    }
+    // A page of the main channel's own has filled it.
+    let of_main = out.total;
+    assert!(inspector.is_held_back() && !inspector.wants(1) && !inspector.wants(2));
+    while inspector.is_held_back() {
+        out.page_bytes = 0;
+        inspector.resume(&mut out).unwrap();
+        assert!(out.page_bytes <= 4 * 4096, "{} bytes of pages at once", out.page_bytes);
+        resumed += 1;
+    }
+    assert!(resumed >= 2 * packets - 2, "{resumed} times");
+    let held = inspector.finish().unwrap().bytes;
+    assert!([&out.released[0][..], &held].concat() == channels[0]);
+    assert!(out.released[1..] == channels[1..]);
+    assert_eq!(out.total, of_main + 2 * packets * 4 * 4096);
 }

@@ -1,6 +1,8 @@
 //! Two host daemons, real QEMUs and real agents, over loopback: the whole hand-over, given up, and cut by kill -9.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../../engine/tests/support/skip.rs"]
+mod skip;
 mod support;
 
 use api::fleet::{self, to_host};
@@ -53,7 +55,7 @@ async fn lab() -> Option<Lab> {
 
 async fn lab_of(machine: &str) -> Option<Lab> {
     if let Some(reason) = missing() {
-        eprintln!("SKIPPED: {reason}");
+        skip::skip(&reason);
         return None;
     }
     let folder = tempfile::Builder::new().prefix("oht").tempdir().unwrap();
@@ -388,13 +390,15 @@ async fn a_target_without_a_catalogue_takes_a_vm_only_where_the_permit_says_so()
 async fn a_permit_that_asks_for_signatures_is_refused_without_a_scanner() {
     let _turn = TURN.lock().await;
     let Some(lab) = lab().await else { return };
-    lab.manager.world.lock().unwrap().profile = Some("strict+signatures");
-    let (token, claims) = lab.manager.permit(&lab.spec, 1, "host-a", "host-b").await;
-    let refused = lab.manager.prepare(&token, &claims, &lab.spec, &lab.inventory).await.unwrap_err();
-    assert_eq!(refused.code, "missing-program", "{refused:?}");
-    assert!(refused.detail.contains("the permit asks for signatures"), "{refused:?}");
-    lab.decline_source(&claims).await;
-    lab.manager.row("given up", claims.key.migration, given_up).await;
+    for (epoch, profile) in [(1, "strict+signatures"), (3, "strict+signatures-complete")] {
+        lab.manager.world.lock().unwrap().profile = Some(profile);
+        let (token, claims) = lab.manager.permit(&lab.spec, epoch, "host-a", "host-b").await;
+        let refused = lab.manager.prepare(&token, &claims, &lab.spec, &lab.inventory).await.unwrap_err();
+        assert_eq!(refused.code, "missing-program", "{refused:?}");
+        assert!(refused.detail.contains("the permit asks for signatures"), "{refused:?}");
+        lab.decline_source(&claims).await;
+        lab.manager.row("given up", claims.key.migration, given_up).await;
+    }
     lab.a.only(1).await;
     lab.b.only(0).await;
 }
@@ -405,7 +409,7 @@ async fn a_signature_keeps_a_vm_where_it_is_and_a_clean_one_moves() {
     let _turn = TURN.lock().await;
     let scanner = match scanner() {
         Ok(scanner) => scanner,
-        Err(reason) => return eprintln!("SKIPPED: {reason}"),
+        Err(reason) => return skip::skip(&reason),
     };
     let Some(mut lab) = lab().await else { return };
     let rules = lab._folder.path().join("rules.yar");
@@ -424,7 +428,9 @@ async fn a_signature_keeps_a_vm_where_it_is_and_a_clean_one_moves() {
     lab.b.only(0).await;
     lab.a.runs().await;
 
+    // Where every page is to be seen, every page was.
     std::fs::write(&rules, rule("nothing holds this text")).unwrap();
+    lab.manager.world.lock().unwrap().profile = Some("strict+signatures-complete");
     let id = lab.migrate(3, "host-a", "host-b").await.key.migration;
     lab.manager.row("completed", id, completed).await;
     lab.a.only(0).await;
@@ -557,7 +563,7 @@ async fn what_is_plugged_in_behind_the_daemon_is_named_before_anything_moves() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_certificate_is_renewed_before_it_ends() {
     if let Some(reason) = missing() {
-        eprintln!("SKIPPED: {reason}");
+        skip::skip(&reason);
         return;
     }
     let folder = tempfile::Builder::new().prefix("ohr").tempdir().unwrap();
@@ -576,7 +582,7 @@ async fn a_certificate_is_renewed_before_it_ends() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_renewal_that_is_not_answered_holds_nothing_up() {
     if let Some(reason) = missing() {
-        eprintln!("SKIPPED: {reason}");
+        skip::skip(&reason);
         return;
     }
     let folder = tempfile::Builder::new().prefix("ohw").tempdir().unwrap();

@@ -1,6 +1,9 @@
 //! Real QEMUs under the VM table: start, inventory, stop, adoption after a restart, and nothing left behind.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../../engine/tests/support/skip.rs"]
+mod skip;
+
 use outrider_host::cgroup::Hierarchies;
 use outrider_host::folders::Folders;
 use outrider_host::vms::record::Phase;
@@ -21,7 +24,7 @@ struct Bench {
 impl Bench {
     fn new(name: &str) -> Option<Self> {
         if !Path::new("/usr/bin/qemu-system-x86_64").exists() {
-            eprintln!("SKIPPED: QEMU is not installed");
+            skip::skip("QEMU is not installed");
             return None;
         }
         let cgroup = format!("outrider-test-{name}-{}", std::process::id());
@@ -490,6 +493,6 @@ fn a_nic_gets_a_tap_on_its_bridge() {
         .status();
     match status {
         Ok(status) => assert!(status.success()),
-        Err(error) => eprintln!("SKIPPED: unshare: {error}"),
+        Err(error) => skip::skip(&format!("unshare: {error}")),
     }
 }

@@ -39,7 +39,9 @@ pub struct Config {
     pub multifd_channels: u16,
     /// Most multifd channels that may be asked for.
     pub multifd_channels_max: u16,
-    /// How streams are inspected, as permits say it: `strict`, with `+signatures` or `+report-unvouched`.
+    /// How streams are inspected, as permits say it: `strict`, with `+signatures` or `+signatures-complete`,
+    /// and then
+    /// `+report-unvouched`.
     #[serde(deserialize_with = "profile")]
     pub inspection_profile: InspectionProfile,
     /// Budgets that permits carry.
@@ -209,6 +211,11 @@ mod tests {
         check("multifd_channels_max = 17", Err("multifd_channels_max"));
         check("multifd_channels = 4\nmultifd_channels_max = 2", Err("multifd_channels_max"));
         check("inspection_profile = \"strict+report-unvouched\"", Ok(()));
+        check("inspection_profile = \"strict+signatures-complete+report-unvouched\"", Ok(()));
+        check(
+            "inspection_profile = \"strict+signatures+signatures-complete\"",
+            Err("is no inspection profile"),
+        );
         check("inspection_profile = \"lax\"", Err("\"lax\" is no inspection profile"));
     }
 }

@@ -1,6 +1,7 @@
 //! Signatures in guest pages in flight: what a VM agent and a scanner say to each other, and when that is a verdict.
-//! Optional by policy, and off the stream's critical path: pages are copied into batches while they pass, a scanner
-//! in a process of its own looks at them, and only the last piece of the stream, the device state, waits for it.
+//! Optional by policy: pages are copied into batches while they pass, a scanner in a process of its own looks
+//! at them, and the last piece of the stream, the device state, waits for its verdict. The rest of the stream
+//! waits only where the policy says that every page must be seen.
 //!
 //! ```text
 //! pages ─ Collector ─ batches ─> scanner          Receiving ─finish→ Finishing ─Done→ verdict

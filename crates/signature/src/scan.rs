@@ -3,7 +3,7 @@
 //!
 //! | state | legal | goes on |
 //! |---|---|---|
-//! | Watching | pages, answers | `finish` → Finishing; a refusal that is certain → Judged; the scanner's end → Unseen |
+//! | Watching | pages, answers | `finish` → Finishing; a certain refusal → Judged; a lost scanner, or one stuck where the stream waits → Judged, Unseen |
 //! | Unseen | pages, which are counted | `finish` → Judged |
 //! | Finishing | answers, until the deadline | DONE, the deadline, the scanner's end → Judged |
 //! | Judged | nothing | |
@@ -18,8 +18,12 @@ use std::time::{Duration, Instant};
 
 /// Bytes of batches that were not answered yet: four full ones. With what the collector holds: under 2 MiB.
 pub const MAX_IN_FLIGHT_BYTES: usize = 4 * MAX_BATCH_BYTES;
-/// A stream that waits for the scanner goes on below this: a turn's worth of pages still fits above it.
+/// A stream that waits for the scanner goes on below this.
 const ROOM_BYTES: usize = MAX_IN_FLIGHT_BYTES / 2;
+/// The same bound where the stream waits and nothing may be skipped. What is on its way when the stream is
+/// held still fits above [`ROOM_BYTES`]: one read of the network or one packet, twice where tails are looked
+/// at again.
+const MAX_WAITED_FOR_BYTES: usize = 16 * MAX_BATCH_BYTES;
 /// Hits that are named; the others are counted.
 pub const MAX_HITS: usize = 64;
 
@@ -28,8 +32,11 @@ pub const MAX_HITS: usize = 64;
 pub enum WhenBehind {
     /// They pass unseen, and are counted.
     Skip,
-    /// The stream waits.
-    Wait,
+    /// The stream waits, if the scanner takes no longer than this for one batch: beyond it is late.
+    Wait {
+        /// Time for one batch.
+        batch_budget: Duration,
+    },
 }
 
 /// What happens when there is no verdict of the scanner's: it is late, or was lost.
@@ -54,6 +61,29 @@ pub struct Policy {
     pub on_timeout: WhenLate,
     /// Whether pages that passed unseen refuse the migration.
     pub require_complete: bool,
+}
+
+impl Policy {
+    /// Every byte is looked at, or the migration refused. The stream waits for a scanner that works, however
+    /// long that takes all told (the permit bounds it); `patience` is what one batch and the verdict may
+    /// take.
+    #[must_use]
+    pub fn complete(patience: Duration) -> Self {
+        Self {
+            scan_budget: Duration::MAX,
+            verdict_budget: patience,
+            when_behind: WhenBehind::Wait { batch_budget: patience },
+            on_timeout: WhenLate::Refuse,
+            require_complete: true,
+        }
+    }
+
+    fn most_in_flight_bytes(&self) -> usize {
+        match self.when_behind {
+            WhenBehind::Skip => MAX_IN_FLIGHT_BYTES,
+            WhenBehind::Wait { .. } => MAX_WAITED_FOR_BYTES,
+        }
+    }
 }
 
 impl Default for Policy {
@@ -174,6 +204,8 @@ pub struct Scan {
     busy: Duration,
     /// Since when it was busy, as far as it was added to `busy`.
     busy_since: Option<Instant>,
+    /// Since when it has been at the batch that it answers next.
+    batch_since: Option<Instant>,
     hits: BTreeSet<Hit>,
     first_refusing: Option<Hit>,
     hits_total: u64,
@@ -197,6 +229,7 @@ impl Scan {
             next_id: 0,
             busy: Duration::ZERO,
             busy_since: None,
+            batch_since: None,
             hits: BTreeSet::new(),
             first_refusing: None,
             hits_total: 0,
@@ -214,14 +247,15 @@ impl Scan {
         }
         let mut sealed = Vec::new();
         self.collector.piece(block, offset, piece, &mut |batch| sealed.push(batch));
-        sealed.into_iter().for_each(|batch| self.send(batch, MAX_IN_FLIGHT_BYTES));
+        let most = self.policy.most_in_flight_bytes();
+        sealed.into_iter().for_each(|batch| self.send(batch, most));
     }
 
     /// Whether the stream may go on; false only when the policy lets it wait.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        let waits = self.policy.when_behind == WhenBehind::Wait && matches!(self.state, State::Watching);
-        !waits || self.in_flight_bytes < ROOM_BYTES
+        let waits = matches!(self.policy.when_behind, WhenBehind::Wait { .. });
+        !waits || !matches!(self.state, State::Watching) || self.in_flight_bytes < ROOM_BYTES
     }
 
     /// The stream is complete: the verdict comes by [`Scan::deadline`].
@@ -237,7 +271,8 @@ impl Scan {
         let mut sealed = Vec::new();
         self.collector.flush(&mut |batch| sealed.push(batch));
         // What the collector gives now is no more than what it held: the bound on memory stays.
-        sealed.into_iter().for_each(|batch| self.send(batch, 2 * MAX_IN_FLIGHT_BYTES));
+        let most = self.policy.most_in_flight_bytes() + MAX_IN_FLIGHT_BYTES;
+        sealed.into_iter().for_each(|batch| self.send(batch, most));
         self.put(&Request::Finish);
         if matches!(self.state, State::Watching) {
             self.state = State::Finishing { deadline: now + self.policy.verdict_budget };
@@ -298,7 +333,10 @@ impl Scan {
 
     /// The scanner is gone. Without it the stream passes unseen, or ends, as the policy says.
     pub fn lost(&mut self, why: &str) {
-        let trouble = Trouble::Lost(why.to_owned());
+        self.give_up(Trouble::Lost(why.to_owned()));
+    }
+
+    fn give_up(&mut self, trouble: Trouble) {
         match self.state {
             State::Judged(_) | State::Unseen(_) => {}
             State::Watching if self.policy.on_timeout == WhenLate::Accept => {
@@ -315,10 +353,19 @@ impl Scan {
         if let Some(since) = self.busy_since {
             self.busy += now.saturating_duration_since(since);
         }
-        self.busy_since = (!self.flights.is_empty()).then_some(now);
-        if self.deadline().is_some_and(|deadline| now >= deadline) {
-            self.judge(Some(Trouble::Late));
+        let is_busy = !self.flights.is_empty();
+        self.busy_since = is_busy.then_some(now);
+        self.batch_since = self.batch_since.or(Some(now)).filter(|_| is_busy);
+        if self.deadline().is_some_and(|deadline| now >= deadline) || self.is_stuck(now) {
+            self.give_up(Trouble::Late);
         }
+    }
+
+    /// Whether the stream has waited too long for one batch.
+    fn is_stuck(&self, now: Instant) -> bool {
+        let WhenBehind::Wait { batch_budget } = self.policy.when_behind else { return false };
+        matches!(self.state, State::Watching)
+            && self.batch_since.is_some_and(|since| now.saturating_duration_since(since) >= batch_budget)
     }
 
     fn send(&mut self, batch: Batch, most: usize) {
@@ -352,6 +399,7 @@ impl Scan {
                 let flight = self.flights.pop_front().filter(|flight| flight.id == id);
                 let flight = flight.ok_or("it answered a batch that it was not given")?;
                 self.in_flight_bytes -= flight.bytes;
+                self.batch_since = None;
                 self.scanned_bytes += flight.fresh.saturating_sub(u64::from(skipped_bytes));
             }
             Answer::Done { hits_total, .. } => {
@@ -426,6 +474,7 @@ impl Scan {
         self.flights.clear();
         self.in_flight_bytes = 0;
         self.busy_since = None;
+        self.batch_since = None;
     }
 }
 

@@ -142,14 +142,14 @@ impl Session {
     /// Whether the permit asks this side for a scanner that is not there; nothing before there is a permit.
     fn awaits_scanner(&self) -> Option<bool> {
         let (identity, armed) = self.identity.as_ref().zip(self.armed.as_ref())?;
-        Some(identity.side == Side::Target && armed.profile.signatures && self.signatures.is_none())
+        Some(identity.side == Side::Target && armed.profile.signatures.is_on() && self.signatures.is_none())
     }
 
     fn take_scanner(&mut self, fd: OwnedFd) -> Result<(), Stop> {
         let Some(armed) = self.armed.as_ref().filter(|_| self.awaits_scanner() == Some(true)) else {
             return Err(refused(ErrorCode::WrongState, "a scanner that no permit asks for, or a second one"));
         };
-        self.signatures = Some(Signatures::new(fd, signature::Policy::default(), &armed.inventory));
+        self.signatures = Some(Signatures::new(fd, armed.signature_policy(), &armed.inventory));
         Ok(())
     }
 

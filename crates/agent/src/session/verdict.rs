@@ -26,6 +26,10 @@ impl Output for Released<'_> {
             signatures.page(block, offset, piece);
         }
     }
+
+    fn has_room(&self) -> bool {
+        self.signatures.as_ref().is_none_or(|signatures| signatures.has_room())
+    }
 }
 
 impl Session {
@@ -34,12 +38,24 @@ impl Session {
         self.signatures.as_ref().is_none_or(Signatures::has_room)
     }
 
-    /// What the scanner says, and what comes of it once the stream is complete.
+    /// What the scanner says, what was held back for it, and what comes of it once the stream is complete.
     pub(super) fn verdict_turn(&mut self, ready: PollFlags) -> Result<(), Stop> {
         let now = Instant::now();
         let Some(signatures) = &mut self.signatures else { return Ok(()) };
         signatures.ready(ready, now);
         let Some(Half::Target(target)) = &mut self.half else { return Ok(()) };
+        if target.is_held_back() && signatures.has_room() {
+            let mut released = Released { lanes: &mut self.lanes, signatures: Some(signatures) };
+            let effects = target.resume(now, &mut released);
+            self.apply(effects)?;
+        }
+        self.judge(now)
+    }
+
+    fn judge(&mut self, now: Instant) -> Result<(), Stop> {
+        let (Some(signatures), Some(Half::Target(target))) = (&mut self.signatures, &mut self.half) else {
+            return Ok(());
+        };
         if target.is_judging() {
             signatures.finish(now);
         }

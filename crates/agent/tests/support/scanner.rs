@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub)]
 
+use rustix::process::{Pid, Signal, kill_process};
 use signature::frame::{HEADER_BYTES, Header};
 use signature::{Answer, Request};
 use std::io::{Read, Write};
@@ -9,6 +10,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// A scanner that has its rules, and the socket that its agent is to have.
 pub struct Scanner {
@@ -38,6 +41,12 @@ impl Scanner {
         Some(Self { process, socket })
     }
 
+    /// Stops it, or lets it go on.
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.process.id()).unwrap()).unwrap();
+        kill_process(pid, signal).unwrap();
+    }
+
     pub fn kill(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
@@ -49,6 +58,47 @@ impl Drop for Scanner {
         let _may_have_ended = self.process.kill();
         let _status = self.process.wait();
     }
+}
+
+/// Finds nothing, and takes its time for each batch.
+pub struct SlowScanner {
+    pub socket: UnixStream,
+    thread: JoinHandle<usize>,
+}
+
+impl SlowScanner {
+    pub fn start(each: Duration) -> Self {
+        let (socket, theirs) = UnixStream::pair().unwrap();
+        Self { socket, thread: std::thread::spawn(move || answer(theirs, each)) }
+    }
+
+    /// How many batches it looked at until its agent was gone.
+    pub fn end(self) -> usize {
+        drop(self.socket);
+        self.thread.join().unwrap()
+    }
+}
+
+fn answer(mut socket: UnixStream, each: Duration) -> usize {
+    let (mut batches, mut header) = (0, [0; HEADER_BYTES]);
+    while socket.read_exact(&mut header).is_ok() {
+        let header = Header::of_request(header).unwrap();
+        let mut payload = vec![0; header.length];
+        if socket.read_exact(&mut payload).is_err() {
+            break;
+        }
+        let answer = match Request::decode(header, &payload).unwrap() {
+            Request::Batch { id, .. } => Answer::Scanned { id, skipped_bytes: 0 },
+            Request::Finish => Answer::Done { scanned_bytes: 0, skipped_bytes: 0, hits_total: 0 },
+            other => panic!("{other:?}"),
+        };
+        batches += usize::from(matches!(answer, Answer::Scanned { .. }));
+        std::thread::sleep(each);
+        if socket.write_all(&answer.encode().unwrap()).is_err() {
+            break;
+        }
+    }
+    batches
 }
 
 fn binary() -> Option<PathBuf> {

@@ -30,6 +30,8 @@ pub(super) struct Channels {
     ids: BTreeSet<u8>,
     /// Synchronisations that every channel and the main one have reached.
     epoch: u64,
+    /// Whether a channel waits only for room in the output.
+    held_back: bool,
 }
 
 impl Channels {
@@ -51,7 +53,8 @@ impl Channels {
             };
             (0..multifd.channels).map(|_| channel()).collect()
         };
-        Self { channels: limits.multifd.map(make).unwrap_or_default(), ids: BTreeSet::new(), epoch: 0 }
+        let channels = limits.multifd.map(make).unwrap_or_default();
+        Self { channels, ids: BTreeSet::new(), epoch: 0, held_back: false }
     }
 
     fn get(&mut self, number: u16) -> Option<&mut Channel> {
@@ -66,6 +69,10 @@ impl Channels {
     pub(super) fn wants(&self, number: u16) -> bool {
         let channel = usize::from(number).checked_sub(1).and_then(|at| self.channels.get(at));
         channel.is_some_and(|channel| channel.waiting.is_empty() && channel.parser.syncs() <= self.epoch)
+    }
+
+    pub(super) fn is_held_back(&self) -> bool {
+        self.held_back
     }
 
     /// The next bytes of a channel.
@@ -118,6 +125,10 @@ impl Channels {
         // A header that is complete goes on without further bytes once the block list is there.
         let mut held = !channel.parser.pending().is_empty();
         while channel.parser.syncs() <= epoch && (taken < input.len() || held) {
+            if !out.has_room() {
+                self.held_back = true;
+                break;
+            }
             held = false;
             let rest = input.get(taken..).unwrap_or_default();
             let carried = channel.parser.pending().to_vec();
@@ -148,6 +159,7 @@ impl Channels {
         loop {
             self.advance(record);
             let mut moved = false;
+            self.held_back = false;
             for number in 1..=self.count() {
                 let Some(channel) = self.get(number) else { break };
                 let held = channel.parser.pending().len();
@@ -212,6 +224,10 @@ struct ChannelSink<'r> {
 }
 
 impl MultifdSink for ChannelSink<'_> {
+    fn is_full(&self) -> bool {
+        !self.judge.out.has_room()
+    }
+
     fn event(&mut self, at: u64, event: MultifdEvent<'_>) -> Result<(), Violation> {
         *self.at_sync = matches!(event, MultifdEvent::Sync);
         match event {

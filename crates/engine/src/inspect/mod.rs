@@ -50,6 +50,13 @@ pub trait Output {
     /// A piece of a page's content, at its block (by order of the stream's list) and its offset in the block, in
     /// bytes. What is behind a violation is not given.
     fn page(&mut self, _block: usize, _offset: u64, _piece: &[u8]) {}
+
+    /// Whether more pages may be given. While there is no room, multifd channels are held behind the packet
+    /// that they are at, which has 512 KiB of pages at most, until [`Inspector::resume`]. The main channel,
+    /// whose pages are no longer than what is fed, is for the caller to hold.
+    fn has_room(&self) -> bool {
+        true
+    }
 }
 
 impl<F: FnMut(u16, &[u8])> Output for F {
@@ -169,9 +176,27 @@ impl Inspector {
             _ => self.channels.feed(channel, input, (&mut self.record, self.parser.blocks()), out),
         };
         fed.map_err(|violation| Refused { channel, violation })?;
+        self.pump(out)
+    }
+
+    fn pump(&mut self, out: &mut dyn Output) -> Result<(), Refused> {
         self.channels
             .pump(&mut self.record, self.parser.blocks(), out)
             .map_err(|(channel, violation)| Refused { channel, violation })
+    }
+
+    /// Whether bytes of multifd channels wait only because there was no room for their pages.
+    #[must_use]
+    pub fn is_held_back(&self) -> bool {
+        self.channels.is_held_back()
+    }
+
+    /// Goes on with what was held back, as far as there is room now.
+    ///
+    /// # Errors
+    /// As [`Self::feed`].
+    pub fn resume(&mut self, out: &mut dyn Output) -> Result<(), Refused> {
+        self.guarded(|inspector| inspector.pump(out))
     }
 
     fn feed_main(&mut self, input: &[u8], out: &mut dyn Output) -> Result<(), Violation> {

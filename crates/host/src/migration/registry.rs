@@ -317,7 +317,7 @@ impl Migrations {
         }
         let profile: InspectionProfile =
             claims.inspection_profile.parse().map_err(|e: UnknownProfile| refused(&e.to_string()))?;
-        if profile.signatures {
+        if profile.signatures.is_on() {
             self.daemon.scanners.check()?;
         }
         Ok(profile)

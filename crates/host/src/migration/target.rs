@@ -663,7 +663,7 @@ async fn arm(
 ) -> Result<Option<Scanner>, Problem> {
     // It compiles its rules meanwhile.
     let (armed, scanner) = tokio::join!(give_permit(link, daemon, setup, profile), async {
-        if profile.signatures { daemon.scanners.spawn().await.map(Some) } else { Ok(None) }
+        if profile.signatures.is_on() { daemon.scanners.spawn().await.map(Some) } else { Ok(None) }
     });
     let Some((scanner, socket, _)) = scanner? else { return armed.map(|()| None) };
     let attached = match armed {

@@ -83,6 +83,7 @@ impl Scanner {
 }
 
 const MS: Duration = Duration::from_millis(1);
+const PATIENCE: Duration = Duration::from_secs(3);
 
 fn accepting() -> Policy {
     Policy { on_timeout: WhenLate::Accept, ..Policy::default() }
@@ -137,8 +138,7 @@ fn a_scanner_that_falls_behind_is_skipped_or_waited_for() {
         assert_eq!(verdict.scanned_bytes + verdict.skipped_bytes, 2048 * 4096);
         assert!(verdict.skipped_bytes > 6 << 20, "{verdict:?}");
     }
-    let mut scanner =
-        with(Policy { when_behind: WhenBehind::Wait, require_complete: true, ..Policy::default() });
+    let mut scanner = with(Policy::complete(PATIENCE));
     for page in 0..2048 {
         while !scanner.scan.has_room() {
             let ids = scanner.take();
@@ -148,6 +148,95 @@ fn a_scanner_that_falls_behind_is_skipped_or_waited_for() {
         scanner.pages(page, 1);
     }
     assert_eq!(scanner.ends().outcome, Outcome::Release);
+}
+
+/// A stream that waits is held early enough for what is on its way, and nothing of that is skipped.
+#[test]
+fn what_was_on_its_way_when_the_stream_is_held_is_not_skipped() {
+    let mut scanner = with(Policy::complete(PATIENCE));
+    let mut page = 0;
+    while scanner.scan.has_room() {
+        scanner.pages(page, 1);
+        page += 1;
+    }
+    let held_at = scanner.scan.in_flight_bytes;
+    // More than one read of the network and a compressed packet, in scattered pages.
+    for number in 0..320 {
+        scanner.pages(10_000 + 2 * number, 1);
+    }
+    assert!(scanner.scan.in_flight_bytes > held_at && !scanner.scan.has_room());
+    let verdict = scanner.ends();
+    assert_eq!((verdict.outcome, verdict.skipped_bytes), (Outcome::Release, 0));
+    assert_eq!(verdict.scanned_bytes, (page + 320) * PAGE as u64);
+}
+
+/// What is held is bounded, whoever goes on giving pages.
+#[test]
+fn a_stream_that_does_not_wait_is_refused_and_holds_no_more() {
+    let mut scanner = with(Policy::complete(PATIENCE));
+    scanner.pages(0, 4096);
+    assert!(scanner.scan.in_flight_bytes <= MAX_WAITED_FOR_BYTES);
+    assert_eq!(scanner.ends().outcome, Outcome::Refuse(Cause::Incomplete));
+}
+
+#[test]
+fn a_scanner_may_take_long_for_all_and_not_for_one_batch() {
+    let mut scanner = with(Policy::complete(PATIENCE));
+    scanner.scan.tick(scanner.now);
+    scanner.passes(100 * PATIENCE);
+    for round in 0..50u64 {
+        scanner.pages(round * 64, 64);
+        scanner.scan.tick(scanner.now);
+        scanner.passes(PATIENCE - MS);
+        let ids = scanner.take();
+        ids.into_iter().flatten().for_each(|id| scanner.scans(id));
+    }
+    assert_eq!(scanner.scan.verdict(), None, "it was never late");
+    scanner.pages(100_000, 192);
+    scanner.scan.tick(scanner.now);
+    let first = scanner.take()[0].unwrap();
+    scanner.passes(PATIENCE - MS);
+    // Hits are no progress, an answer is: the next batch has its own time.
+    scanner.hits("known", Response::Report, 100_000 * PAGE as u64);
+    scanner.scans(first);
+    scanner.passes(PATIENCE - MS);
+    assert_eq!(scanner.scan.verdict(), None);
+    scanner.passes(MS);
+    let verdict = scanner.verdict();
+    assert_eq!(verdict.outcome, Outcome::Refuse(Cause::Late));
+    assert_eq!(verdict.trouble, Some(Trouble::Late));
+    let mut accepting =
+        with(Policy { on_timeout: WhenLate::Accept, require_complete: false, ..Policy::complete(PATIENCE) });
+    accepting.pages(0, 64);
+    accepting.scan.tick(accepting.now);
+    accepting.passes(PATIENCE);
+    assert_eq!(
+        (accepting.scan.verdict(), accepting.scan.has_room()),
+        (None, true),
+        "it passes unseen from here"
+    );
+    accepting.scan.finish(accepting.now);
+    assert_eq!(accepting.verdict().outcome, Outcome::Release);
+    let mut other = with(Policy::default());
+    other.pages(0, 64);
+    other.scan.tick(other.now);
+    other.passes(100 * PATIENCE);
+    assert_eq!(other.scan.verdict(), None, "a stream that does not wait has no such limit");
+}
+
+/// A page that the scanner gave up on was not seen, whatever else it was.
+#[test]
+fn what_the_scanner_skips_refuses_where_everything_is_to_be_seen() {
+    for (policy, expect) in [
+        (Policy::complete(PATIENCE), Outcome::Refuse(Cause::Incomplete)),
+        (Policy::default(), Outcome::Release),
+    ] {
+        let mut scanner = with(policy);
+        scanner.pages(0, 64);
+        let first = scanner.take()[0].unwrap();
+        scanner.says(&Answer::Scanned { id: first, skipped_bytes: 4096 });
+        assert_eq!(scanner.ends().outcome, expect);
+    }
 }
 
 #[test]

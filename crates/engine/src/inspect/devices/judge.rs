@@ -13,7 +13,8 @@ use wire::qemu::device::{DeviceState, SectionStart, fixed_length};
 pub enum Unvouched {
     /// Refuse the stream.
     Refuse,
-    /// Accept it where it has one possible end only, and say so.
+    /// Accept it where it has one possible end only, and say so. What the catalogue has a layout of is judged
+    /// all the same, up to the parts that no layout tells: a source can't choose to be judged less.
     Report,
 }
 
@@ -22,6 +23,9 @@ pub enum Unvouched {
 pub enum Vouched {
     /// Derived as the destination derives it; its values were looked at.
     Layout,
+    /// It has one possible end only; its values were looked at, except those of subsections that no layout
+    /// tells.
+    Partly,
     /// It has one possible end only; its values are unknown.
     UniqueCut,
 }
@@ -71,7 +75,7 @@ pub fn judge(
         let mut fixed = |section: &SectionStart<'_>| Ok(fixed_length(section, blob));
         let state = DeviceState::read_with(blob, base, ram_id, page_size, &mut fixed)?;
         check_complete(&state, base, &inventory.devices)?;
-        return Ok(judged(&state));
+        return Ok(judged(&state, &BTreeSet::new()));
     };
     catalogue.validate().map_err(|error| unusable(base, &error.to_string()))?;
     if catalogue.machine != inventory.machine {
@@ -85,12 +89,13 @@ pub fn judge(
         sections: by_name(catalogue),
     };
     let state = DeviceState::read_with(blob, base, ram_id, page_size, &mut |section| lengths.of(section))?;
+    let partly = lengths.judge_cut(&state)?;
     if inventory.devices.is_empty() {
         check_complete(&state, base, &devices(catalogue))?;
     } else {
         check_complete(&state, base, &inventory.devices)?;
     }
-    Ok(judged(&state))
+    Ok(judged(&state, &partly))
 }
 
 fn unusable(base: u64, found: &str) -> Violation {
@@ -107,13 +112,18 @@ fn devices(catalogue: &Catalogue) -> Vec<DeviceSection> {
     catalogue.sections.iter().map(device).collect()
 }
 
-fn judged(state: &DeviceState<'_>) -> Judged {
+/// `partly` are the ids of those that were read by their layouts, except for parts of them.
+fn judged(state: &DeviceState<'_>, partly: &BTreeSet<u32>) -> Judged {
     let section = |section: &wire::qemu::device::DeviceSection<'_>| JudgedSection {
         name: section.name.to_owned(),
         instance: section.instance,
         version: section.version,
         bytes: section.payload.len(),
-        vouched: if section.exact { Vouched::Layout } else { Vouched::UniqueCut },
+        vouched: match section.exact {
+            true => Vouched::Layout,
+            false if partly.contains(&section.id) => Vouched::Partly,
+            false => Vouched::UniqueCut,
+        },
     };
     Judged { sections: state.sections.iter().map(section).collect(), end_mark: state.end_mark }
 }
@@ -139,27 +149,54 @@ impl<'b> Lengths<'_, 'b> {
                 (format!("version {}", known.version), format!("version {}", section.version));
             return Err(Violation::new("INV-S7", at, section.name, expected, found));
         }
-        let Some(layout) = known.layout else { return self.unknown(section, &known.why) };
-        let range = section.payload..section.limit;
-        let mut reader = Reader::new(self.tables, self.blob, self.base, section.name, range);
-        match reader.layout(layout) {
-            Ok(()) => Ok(Some(reader.at().saturating_sub(section.payload))),
-            Err(Stop::Layout(violation) | Stop::Value(violation)) => Err(violation),
-            Err(Stop::Unknown(why)) => self.unknown(section, &why),
+        let Some(layout) = known.layout else {
+            return match self.unvouched {
+                Unvouched::Report => Ok(fixed_length(section, self.blob)),
+                Unvouched::Refuse => Err(self.unknown(section.name, section.start, &known.why)),
+            };
+        };
+        let mut reader = self.reader(section.name, section.payload..section.limit);
+        match (reader.layout(layout), self.unvouched) {
+            (Ok(()), _) => Ok(Some(reader.at().saturating_sub(section.payload))),
+            (Err(Stop::Layout(violation) | Stop::Value(violation)), _) => Err(violation),
+            (Err(Stop::Unknown(why)), Unvouched::Refuse) => {
+                Err(self.unknown(section.name, section.start, &why))
+            }
+            // Its end has to be the only possible one; then it is read again.
+            (Err(Stop::Unknown(_)), Unvouched::Report) => Ok(None),
         }
     }
 
-    /// A section without an exact length: the policy decides.
-    fn unknown(&self, section: &SectionStart<'b>, why: &str) -> Result<Option<usize>, Violation> {
-        match self.unvouched {
-            Unvouched::Report => Ok(fixed_length(section, self.blob)),
-            Unvouched::Refuse => {
-                let at = self.base + section.start as u64;
-                let expected = "a device whose state can be vouched for; the VM's policy can allow others";
-                let found = format!("{:?}: {why}", section.name);
-                Err(Violation::new("INV-D2", at, section.name, expected, found))
+    /// Judges sections that have a layout and a part that no layout tells the length of; their ids. Which
+    /// devices are not judged is the catalogue's word, never the source's: all but that part keeps its rules.
+    fn judge_cut(&self, state: &DeviceState<'b>) -> Result<BTreeSet<u32>, Violation> {
+        let mut partly = BTreeSet::new();
+        for section in state.sections.iter().filter(|section| !section.exact) {
+            let known = self.sections.get(&(section.name, section.instance));
+            let Some(layout) = known.and_then(|known| known.layout) else { continue };
+            let mut reader = self.reader(section.name, section.payload.clone()).of_cut();
+            match reader.layout(layout) {
+                Ok(()) if reader.at() == section.payload.end => drop(partly.insert(section.id)),
+                // The part that can't be read begins in the cut and ends outside of it.
+                Ok(()) => return Err(self.unknown(section.name, section.start, "it ends inside of a part")),
+                Err(Stop::Layout(violation) | Stop::Value(violation)) => return Err(violation),
+                Err(Stop::Unknown(why)) => return Err(self.unknown(section.name, section.start, &why)),
             }
         }
+        Ok(partly)
+    }
+
+    fn reader(&self, section: &'b str, range: std::ops::Range<usize>) -> Reader<'_, 'b> {
+        Reader::new(self.tables, self.blob, self.base, section, range)
+    }
+
+    fn unknown(&self, section: &str, start: usize, why: &str) -> Violation {
+        let expected = match self.unvouched {
+            Unvouched::Refuse => "a device whose state can be vouched for; the VM's policy can allow others",
+            Unvouched::Report => "a device that is read by its layout, where the target has one",
+        };
+        let found = format!("{section:?}: {why}");
+        Violation::new("INV-D2", self.base + start as u64, section, expected, found)
     }
 }
 

@@ -33,6 +33,10 @@ pub(super) struct Reader<'t, 'b> {
     section: &'b str,
     at: usize,
     end: usize,
+    /// Whether `end` is known to be where the section's state ends.
+    cut: bool,
+    /// Structs that are being read, the section's own included.
+    depth: usize,
     /// The fields of the structs that are being read, the innermost one's last: name and bytes.
     stack: Vec<(&'t str, &'b [u8])>,
     /// Beside it: where each starts, and its index in its layout.
@@ -52,7 +56,13 @@ impl<'t, 'b> Reader<'t, 'b> {
     ) -> Self {
         let (stack, places) = (Vec::with_capacity(64), Vec::with_capacity(64));
         let (at, end) = (range.start, range.end.min(blob.len()));
-        Self { tables, blob, base, section, at, end, stack, places, features: 0 }
+        Self { tables, blob, base, section, at, end, cut: false, depth: 0, stack, places, features: 0 }
+    }
+
+    /// The same of a section whose state is known to end where the reading has to, whatever is in it: parts that
+    /// can't be read are left out, where everything else still can be.
+    pub(super) fn of_cut(self) -> Self {
+        Self { cut: true, ..self }
     }
 
     /// Where the reading is.
@@ -103,6 +113,7 @@ impl<'t, 'b> Reader<'t, 'b> {
         if layout.opaque {
             return Err(Stop::Unknown(format!("the fields of {:?} can't be told", layout.vmsd)));
         }
+        self.depth += 1;
         let frame = self.stack.len();
         for (place, field) in layout.fields.iter().enumerate() {
             if self.is_present(field, frame) {
@@ -112,7 +123,9 @@ impl<'t, 'b> Reader<'t, 'b> {
         self.values(index, layout, frame)?;
         self.stack.truncate(frame);
         self.places.truncate(frame);
-        self.subsections(layout)
+        self.subsections(layout)?;
+        self.depth -= 1;
+        Ok(())
     }
 
     fn is_present(&self, field: &Field, frame: usize) -> bool {
@@ -208,40 +221,92 @@ impl<'t, 'b> Reader<'t, 'b> {
     /// Subsections, by the destination's own test: one byte of type, and a name that begins with the parent's.
     fn subsections(&mut self, layout: &'t Layout) -> Result<(), Stop> {
         let mut next = 0;
-        while let Some(name) = self.subsection_name(&layout.vmsd) {
-            let start = self.at;
-            let known = layout.subsections.iter().enumerate().find_map(|(place, index)| {
-                let sub = self.tables.layout(*index)?;
-                (sub.vmsd.as_bytes() == name).then_some((place, *index, sub))
-            });
-            let refuse = |expected: String, found: &str| {
-                Err(Stop::Layout(self.violation("INV-D4", start, &layout.vmsd, expected, found)))
-            };
-            let Some((place, index, sub)) = known else {
-                let found = format!("{:?}", printable(name));
-                return refuse("a subsection that the target knows".to_owned(), &found);
-            };
-            if place < next {
-                let found = format!("{:?} out of order or again", sub.vmsd);
-                return refuse("subsections in their order, each once".to_owned(), &found);
-            }
-            next = place + 1;
-            self.take(2 + name.len(), &sub.vmsd)?;
-            let version = self.take_number(4, &sub.vmsd)?;
-            let oldest = u64::from(sub.minimum.unwrap_or(sub.version));
-            if !(oldest..=u64::from(sub.version)).contains(&version) {
-                let expected = format!("version {} of {:?}", sub.version, sub.vmsd);
-                let found = format!("version {version}");
-                return Err(Stop::Layout(self.violation("INV-D4", start, &layout.vmsd, expected, &found)));
+        while let Some(name) = self.subsection_name(&layout.vmsd, self.at) {
+            let index = self.subsection_head(layout, name, &mut next)?;
+            if self.cut && self.depth == 1 && self.is_opaque(index) {
+                return self.behind_opaque(layout, next);
             }
             self.layout(index)?;
         }
         Ok(())
     }
 
-    /// The name of the subsection that starts here, if one does.
-    fn subsection_name(&self, parent: &str) -> Option<&'b [u8]> {
-        let rest = self.blob.get(self.at..self.end)?;
+    /// A subsection's type, name and version: one that the layout has, at `next` or behind it. Its index.
+    fn subsection_head(&mut self, layout: &'t Layout, name: &[u8], next: &mut usize) -> Result<u32, Stop> {
+        let start = self.at;
+        let refuse = |expected: String, found: &str| {
+            Err(Stop::Layout(self.violation("INV-D4", start, &layout.vmsd, expected, found)))
+        };
+        let Some((place, index, sub)) = self.subsection_of(layout, name) else {
+            return refuse(
+                "a subsection that the target knows".to_owned(),
+                &format!("{:?}", printable(name)),
+            );
+        };
+        if place < *next {
+            let found = format!("{:?} out of order or again", sub.vmsd);
+            return refuse("subsections in their order, each once".to_owned(), &found);
+        }
+        *next = place + 1;
+        self.take(2 + name.len(), &sub.vmsd)?;
+        let version = self.take_number(4, &sub.vmsd)?;
+        let oldest = u64::from(sub.minimum.unwrap_or(sub.version));
+        if !(oldest..=u64::from(sub.version)).contains(&version) {
+            let expected = format!("version {} of {:?}", sub.version, sub.vmsd);
+            let found = format!("version {version}");
+            return Err(Stop::Layout(self.violation("INV-D4", start, &layout.vmsd, expected, &found)));
+        }
+        Ok(index)
+    }
+
+    /// What may come behind a subsection of the section's own layout that can't be read. Wherever that ends, the
+    /// destination goes on with another subsection that it knows, or is at the section's end. So every place
+    /// that begins one is read as one: whichever the destination takes, it was judged (MM-07). An honest section
+    /// has them in their order, each up to the next one or the end.
+    fn behind_opaque(&mut self, layout: &'t Layout, mut next: usize) -> Result<(), Stop> {
+        let mut from = self.at;
+        while let Some((at, name)) = (from..self.end).find_map(|at| Some((at, self.known_at(layout, at)?))) {
+            self.at = at;
+            let index = self.subsection_head(layout, name, &mut next)?;
+            if !self.is_opaque(index) {
+                self.layout(index)?;
+                if self.at != self.end && self.known_at(layout, self.at).is_none() {
+                    let (expected, found) = ("another subsection or the end", "something else");
+                    return Err(Stop::Layout(self.violation(
+                        "INV-D2",
+                        self.at,
+                        &layout.vmsd,
+                        expected,
+                        found,
+                    )));
+                }
+            }
+            from = at + 1;
+        }
+        self.at = self.end;
+        Ok(())
+    }
+
+    fn is_opaque(&self, index: u32) -> bool {
+        self.tables.layout(index).is_some_and(|layout| layout.opaque)
+    }
+
+    /// A subsection by its name: its place, its layout's index, its layout.
+    fn subsection_of(&self, layout: &'t Layout, name: &[u8]) -> Option<(usize, u32, &'t Layout)> {
+        layout.subsections.iter().enumerate().find_map(|(place, index)| {
+            let sub = self.tables.layout(*index)?;
+            (sub.vmsd.as_bytes() == name).then_some((place, *index, sub))
+        })
+    }
+
+    /// The name of the subsection of `layout` that starts at `at`, if one does.
+    fn known_at(&self, layout: &'t Layout, at: usize) -> Option<&'b [u8]> {
+        self.subsection_name(&layout.vmsd, at).filter(|name| self.subsection_of(layout, name).is_some())
+    }
+
+    /// The name of the subsection that starts at `at`, if one does.
+    fn subsection_name(&self, parent: &str, at: usize) -> Option<&'b [u8]> {
+        let rest = self.blob.get(at..self.end)?;
         let (&kind, rest) = rest.split_first()?;
         if kind != SUBSECTION {
             return None;

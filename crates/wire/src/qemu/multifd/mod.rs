@@ -153,6 +153,11 @@ pub trait MultifdSink {
     /// # Errors
     /// The rule that it breaks.
     fn event(&mut self, offset: u64, event: MultifdEvent<'_>) -> Result<(), Violation>;
+
+    /// Whether the parser is to stop behind the packet that it is at; the rest is given to it again later.
+    fn is_full(&self) -> bool {
+        false
+    }
 }
 
 impl<F: FnMut(u64, MultifdEvent<'_>) -> Result<(), Violation>> MultifdSink for F {

@@ -82,7 +82,9 @@ impl MultifdParser {
     /// - behind a SYNC packet, right after its [`MultifdEvent::Sync`], so that the caller can hold the channel
     ///   until the main channel's marker has come;
     /// - before a packet that names a block while `blocks` is `None`. It then takes nothing more until it gets the
-    ///   list; a header that it holds complete goes on with the next call, even one without input.
+    ///   list; a header that it holds complete goes on with the next call, even one without input;
+    /// - behind a header or packet when the sink is full: a packet has 512 KiB of content at most, whatever little
+    ///   came of it.
     ///
     /// # Errors
     /// The first broken rule, of the grammar or of the sink. Nothing of this call's bytes may be released then, and
@@ -165,7 +167,7 @@ impl MultifdParser {
         };
         if let (true, Some(bytes)) = (self.pending.is_empty(), rest.get(..len)) {
             let read = self.read(bytes, blocks, sink)?;
-            return Ok(Self::stepped(&read, len, 0));
+            return Ok(Self::stepped(&read, len, 0, sink));
         }
         let used = rest.len().min(len.saturating_sub(self.pending.len()));
         self.pending.extend_from_slice(rest.get(..used).unwrap_or_default());
@@ -180,7 +182,7 @@ impl MultifdParser {
         if !matches!(read, Read::NeedsBlocks) {
             self.pending.clear();
         }
-        Ok(Self::stepped(&read, used, used))
+        Ok(Self::stepped(&read, used, used, sink))
     }
 
     /// A packet that is no page packet may be shorter than a header, and is refused by its first bytes.
@@ -191,10 +193,15 @@ impl MultifdParser {
         Ok(())
     }
 
-    fn stepped(read: &Read, used: usize, used_when_waiting: usize) -> Step {
+    fn stepped<S: MultifdSink + ?Sized>(
+        read: &Read,
+        used: usize,
+        used_when_waiting: usize,
+        sink: &S,
+    ) -> Step {
         match read {
-            Read::Done => Step::Used(used),
-            Read::Synced => Step::Stop(used),
+            Read::Done if !sink.is_full() => Step::Used(used),
+            Read::Done | Read::Synced => Step::Stop(used),
             Read::NeedsBlocks => Step::Stop(used_when_waiting),
         }
     }
@@ -336,7 +343,7 @@ impl MultifdParser {
         match left.saturating_sub(used) {
             0 => {
                 let read = self.packet_end(sink)?;
-                Ok(Self::stepped(&read, used, used))
+                Ok(Self::stepped(&read, used, used, sink))
             }
             left => {
                 self.state = State::Payload { left };
