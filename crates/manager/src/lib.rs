@@ -93,7 +93,7 @@ pub async fn run_with(
     let state = folder.path().to_owned();
     let (token, admin_token_file) = admin_token(&state)?;
     let authority = Authority::open(folder, &config)?;
-    let registry = Registry::open(&state.join("registry.db")).await?;
+    let registry = Registry::open(&registry::Database::Sqlite(state.join("registry.db"))).await?;
     admit_admin(&registry, &token).await?;
     let identity = authority.identity();
     let operators = OperatorListener::bind(config.operator_listen, identity.clone())
