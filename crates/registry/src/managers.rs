@@ -92,10 +92,10 @@ impl Lease {
         })
     }
 
-    /// Whether another manager must respect it now.
-    fn runs(&self, now_us: i64) -> bool {
-        (now_us..=now_us.saturating_add(MAX_LEASE_US)).contains(&self.expires_at_us)
-            && self.expires_at_us != now_us
+    /// Whether a process must respect it now: it is another manager's, and its time is not over.
+    fn keeps_off(&self, holder: &Holder, now_us: i64) -> bool {
+        let left_us = self.expires_at_us.saturating_sub(now_us);
+        self.holder.manager != holder.manager && (1..=MAX_LEASE_US).contains(&left_us)
     }
 }
 
@@ -169,7 +169,7 @@ impl Tx {
         let old = self.lease(migration).await?;
         let term = match &old {
             Some(lease) if lease.holder == *holder => lease.term,
-            Some(lease) if lease.holder.manager != holder.manager && lease.runs(now_us) => {
+            Some(lease) if lease.keeps_off(holder, now_us) => {
                 return Ok(Acquired::Elsewhere(lease.clone()));
             }
             _ => self.next_term().await?,
@@ -235,6 +235,29 @@ impl Tx {
             .bind(lease.migration.to_string())
             .bind(signed("term", lease.term)?);
         Ok(self.execute(query).await? == 1)
+    }
+
+    /// The lease that keeps a process off a migration now, if there is one. Changes nothing: for a look before asking.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn lease_elsewhere(
+        &mut self,
+        migration: MigrationId,
+        holder: &Holder,
+    ) -> Result<Option<Lease>, RegistryError> {
+        let now_us = self.shared_now_us().await?;
+        let held = self.lease(migration).await?;
+        Ok(held.filter(|lease| lease.keeps_off(holder, now_us)))
+    }
+
+    /// The clock that leases go by: the server's, or on SQLite this transaction's time. Microseconds since the Unix
+    /// epoch.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn shared_clock_us(&mut self) -> Result<i64, RegistryError> {
+        self.shared_now_us().await
     }
 
     /// The lease of a migration, whether or not its time is over.
