@@ -1,12 +1,12 @@
 //! Which of the managers that share a registry works on which migration.
 //!
-//! Whoever takes a request in holds the lease from that moment. A manager that finds an open migration which nobody
-//! holds takes it when a host of it is connected here, or when nobody has come for it for a while. Every manager
-//! says regularly that it is there, and prolongs what it holds; one that cannot, stops working on it before others
-//! may begin. A registry of one manager (SQLite) has no leases.
+//! Whoever takes a request in holds the lease from that moment. A manager that finds an open migration which
+//! nobody holds takes it when a host of it is connected here, or when nobody has come for it for a while.
+//! Every manager says regularly that it is there, and prolongs what it holds; one that cannot, stops working
+//! on it before others may begin. A registry of one manager (SQLite) has no leases.
 //!
-//! That no decision is made twice does not rest on this but on the registry's transactions: two reconcilers of one
-//! migration would be wasteful, and spoil it at worst.
+//! That no decision is made twice does not rest on this but on the registry's transactions: two reconcilers
+//! of one migration would be wasteful, and spoil it at worst.
 
 use crate::clock;
 use crate::core::Manager;
@@ -41,7 +41,8 @@ pub(crate) struct Leases {
 
 struct Held {
     lease: Lease,
-    /// By this process's own clock, and counted from before it was asked for: sooner than anybody else may begin.
+    /// By this process's own clock, and counted from before it was asked for: sooner than anybody else may
+    /// begin.
     until: Instant,
 }
 
@@ -66,8 +67,8 @@ impl Leases {
         self.held.lock().expect("no holder of this lock can panic: it only moves values in a map")
     }
 
-    /// Takes the lease of a migration that this manager has just added, in the same transaction. The returned value
-    /// is for [`Leases::keep`], once that is committed.
+    /// Takes the lease of a migration that this manager has just added, in the same transaction. The returned
+    /// value is for [`Leases::keep`], once that is committed.
     ///
     /// # Errors
     /// The registry fails, or this process is superseded.
@@ -168,8 +169,8 @@ async fn is_for_us(manager: &Manager, holder: &Holder, id: MigrationId) -> Resul
     Ok(vacant_us >= VACANT_US && tx.lease_elsewhere(id, holder).await?.is_none())
 }
 
-/// Says regularly that this manager is there, prolongs its leases, and looks for migrations that nobody holds. Ends
-/// when another process took its name.
+/// Says regularly that this manager is there, prolongs its leases, and looks for migrations that nobody
+/// holds. Ends when another process took its name.
 pub(crate) async fn watch(manager: &Arc<Manager>) {
     let Some(holder) = &manager.leases.shared else { return };
     loop {
@@ -205,8 +206,8 @@ async fn renew(manager: &Manager, holder: &Holder) -> Result<bool, Problem> {
     Ok(true)
 }
 
-/// Lets go of everything: managers that have the hosts go on at once. The rows stay, so that this one, if it is only
-/// restarted, comes before those that do not have them.
+/// Lets go of everything: managers that have the hosts go on at once. The rows stay, so that this one, if it
+/// is only restarted, comes before those that do not have them.
 pub(crate) async fn release(manager: &Manager) {
     let Some(holder) = &manager.leases.shared else { return };
     let released = async {

@@ -1,6 +1,6 @@
 //! How long decisions take at a given rate: each is one transaction like that of a grant (reads, reservation,
-//! migration, permit's nonce, audit entry, commit). Prints percentiles, in milliseconds, of the time from when a
-//! decision was due until it was durable.
+//! migration, permit's nonce, audit entry, commit). Prints percentiles, in milliseconds, of the time from
+//! when a decision was due until it was durable.
 //!
 //! `decision_speed DATABASE [RATE_PER_S] [SECONDS] [MANAGERS]`: the database is filled with test rows.
 #![allow(clippy::unwrap_used)]
@@ -105,7 +105,7 @@ async fn main() {
     took.sort_by(f64::total_cmp);
     let at = |permille: usize| took[(took.len() - 1) * permille / 1_000];
     println!(
-        "{total} decisions at {rate}/s by {managers} manager(s): p50 {:.1} ms, p95 {:.1} ms, p99 {:.1} ms, most {:.1} ms",
+        "{total} decisions at {rate}/s by {managers} manager(s), ms: p50 {:.1}, p95 {:.1}, p99 {:.1}, most {:.1}",
         at(500),
         at(950),
         at(990),

@@ -1,13 +1,14 @@
-//! What differs between SQLite and PostgreSQL: how a connection is set up, how a transaction begins, commits and ends,
-//! how long anything may take, and what an error means for another try.
+//! What differs between SQLite and PostgreSQL: how a connection is set up, how a transaction begins, commits
+//! and ends, how long anything may take, and what an error means for another try.
 //!
-//! Writers are serialised: on SQLite by `BEGIN IMMEDIATE`, on PostgreSQL by an advisory lock that every writing
-//! transaction takes first, and that the server gives back when the transaction ends, however it ends. A writer
-//! runs at READ COMMITTED, since a snapshot of a higher level would be taken before it has the lock; with the lock
-//! held nobody else changes anything, and each statement sees all that was committed before.
+//! Writers are serialised: on SQLite by `BEGIN IMMEDIATE`, on PostgreSQL by an advisory lock that every
+//! writing transaction takes first, and that the server gives back when the transaction ends, however it
+//! ends. A writer runs at READ COMMITTED, since a snapshot of a higher level would be taken before it has the
+//! lock; with the lock held nobody else changes anything, and each statement sees all that was committed
+//! before.
 //!
-//! A manager that stands still (SIGSTOP, a machine that swaps) inside a transaction would keep all others from
-//! writing. The server ends its session after [`IDLE_IN_TRANSACTION_MS`]; one that is kept busy past
+//! A manager that stands still (SIGSTOP, a machine that swaps) inside a transaction would keep all others
+//! from writing. The server ends its session after [`IDLE_IN_TRANSACTION_MS`]; one that is kept busy past
 //! [`HOLDER_LIMIT_MS`] is ended by the next writer. Its transaction is gone then, and its commit fails.
 
 use crate::database::{Database, Server};
@@ -31,13 +32,14 @@ const ACQUIRE_LIMIT: Duration = Duration::from_secs(5);
 /// How long SQLite waits for another process's lock before it says "busy".
 const SQLITE_BUSY_MS: u32 = 2_000;
 
-/// How long PostgreSQL waits for the writers' lock before it says "busy": longer than a holder may stand still.
+/// How long PostgreSQL waits for the writers' lock before it says "busy": longer than a holder may stand
+/// still.
 const LOCK_TIMEOUT_MS: u32 = 3_000;
 /// No statement of the registry takes a tenth of this on a server that works.
 const STATEMENT_TIMEOUT_MS: u32 = 5_000;
-/// A transaction does nothing else between its statements, so that half a second without one means a process that does
-/// not run; four of those leave room for a loaded machine, and a frozen guest (5 s of downtime at most) is still
-/// decided on in time.
+/// A transaction does nothing else between its statements, so that half a second without one means a process
+/// that does not run; four of those leave room for a loaded machine, and a frozen guest (5 s of downtime at
+/// most) is still decided on in time.
 const IDLE_IN_TRANSACTION_MS: u32 = 2_000;
 /// Age at which a transaction that holds the writers' lock is ended by one that waits for it.
 const HOLDER_LIMIT_MS: u32 = 5_000;
@@ -45,8 +47,8 @@ const HOLDER_LIMIT_MS: u32 = 5_000;
 const TCP_USER_TIMEOUT_MS: u32 = 5_000;
 /// How long this process waits for any answer: longer than the server's own limits, so that those come first.
 const ANSWER_LIMIT: Duration = Duration::from_secs(8);
-/// How long a commit whose answer was lost is asked after before its outcome counts as unknown. A server that is
-/// restarted is back within this.
+/// How long a commit whose answer was lost is asked after before its outcome counts as unknown. A server that
+/// is restarted is back within this.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 /// Rest between questions.
 const SETTLE_RETRY: Duration = Duration::from_millis(100);
@@ -128,8 +130,8 @@ async fn pool(url: &str, session: String) -> Result<AnyPool, RegistryError> {
     AnyPoolOptions::new()
         .max_connections(CONNECTIONS)
         .acquire_timeout(ACQUIRE_LIMIT)
-        // A file does not go away, and that a server did shows when the transaction begins, where it is met by
-        // another try; the ping would stand in the way of every commit.
+        // A file does not go away, and that a server did shows when the transaction begins, where it is met
+        // by another try; the ping would stand in the way of every commit.
         .test_before_acquire(false)
         .after_connect(move |connection, _| {
             let session = Arc::clone(&session);
@@ -197,7 +199,8 @@ async fn instance(pool: &AnyPool) -> Result<String, RegistryError> {
 /// PostgreSQL's clock, microseconds since the Unix epoch.
 const SERVER_NOW_US: &str = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)";
 
-/// Waits for an answer, but not for ever. What was under way when the limit came leaves the connection unusable.
+/// Waits for an answer, but not for ever. What was under way when the limit came leaves the connection
+/// unusable.
 pub(crate) async fn bounded<T>(
     limit: Option<Duration>,
     answer: impl Future<Output = Result<T, sqlx::Error>>,
@@ -235,12 +238,13 @@ impl Backend {
         let number = marks.last.fetch_add(1, Ordering::Relaxed) + 1;
         // The parts must be sent at once: each answer that is waited for is time that the lock is held.
         let (instance, lock) = (&marks.instance, lock_sql());
-        run(connection, ANSWER_LIMIT, format!(
+        let sql = format!(
             "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; {lock}; \
-             INSERT INTO commit_marks (instance, number, at_us) VALUES ('{instance}', {number}, {SERVER_NOW_US}) \
+             INSERT INTO commit_marks (instance, number, at_us) \
+             VALUES ('{instance}', {number}, {SERVER_NOW_US}) \
              ON CONFLICT (instance) DO UPDATE SET number = excluded.number, at_us = excluded.at_us"
-        ))
-        .await?;
+        );
+        run(connection, ANSWER_LIMIT, sql).await?;
         Ok(number)
     }
 
@@ -255,8 +259,9 @@ impl Backend {
         }
     }
 
-    /// Commits. An error says nothing yet about what happened: see [`Self::settle`]. The server's statement time-out does
-    /// not run any more while a commit waits for replicas (it would be told as success); this process's own limit does.
+    /// Commits. An error says nothing yet about what happened: see [`Self::settle`]. The server's statement
+    /// time-out does not run any more while a commit waits for replicas (it would be told as success); this
+    /// process's own limit does.
     pub(crate) async fn commit(&self, connection: &mut AnyConnection) -> Result<(), sqlx::Error> {
         match self {
             Self::Sqlite => sqlx::query("COMMIT").execute(connection).await.map(|_| ()),
@@ -266,8 +271,8 @@ impl Backend {
 
     /// Finds out what came of a commit that was not answered with success. `None`: it cannot be told (yet).
     ///
-    /// On PostgreSQL the question is put under the writers' lock: having it means that the transaction in question
-    /// has ended, one way or the other. An SQLite commit that fails did not happen.
+    /// On PostgreSQL the question is put under the writers' lock: having it means that the transaction in
+    /// question has ended, one way or the other. An SQLite commit that fails did not happen.
     pub(crate) async fn settle(&self, pool: &AnyPool, number: i64) -> Option<Settled> {
         let Self::Postgres(marks) = self else { return Some(Settled::DidNot) };
         let asked = async {
@@ -295,7 +300,8 @@ impl Backend {
     pub(crate) async fn end_holder(&self, pool: &AnyPool) {
         let Self::Postgres(_) = self else { return };
         let (class, object) = LOCK;
-        // Not one that waits for a replica: it has committed, and would be taken for done by all but the replica.
+        // Not one that waits for a replica: it has committed, and would be taken for done by all but the
+        // replica.
         let sql = format!(
             "SELECT count(pg_terminate_backend(a.pid)) AS ended FROM pg_locks l \
              JOIN pg_stat_activity a ON a.pid = l.pid \
@@ -353,9 +359,9 @@ async fn ask(pool: &AnyPool, marks: &Marks, number: i64) -> Result<Settled, sqlx
     Ok(if found { Settled::Happened } else { Settled::DidNot })
 }
 
-/// A connection of the pool that is in use. Unless it is given back it is cut when dropped: a future that was given
-/// up in the middle of a statement must not leave a transaction, or the writers' lock, on a connection that the next
-/// caller gets.
+/// A connection of the pool that is in use. Unless it is given back it is cut when dropped: a future that was
+/// given up in the middle of a statement must not leave a transaction, or the writers' lock, on a connection
+/// that the next caller gets.
 pub(crate) struct Session {
     connection: Option<PoolConnection<Any>>,
 }
@@ -369,8 +375,8 @@ impl Session {
         self.connection.as_mut().expect("taken by methods only that consume the session")
     }
 
-    /// Hands it back; no transaction may be open on it. The pool pings it on the way, and a server that vanished
-    /// must not keep one of the few connections for ever.
+    /// Hands it back; no transaction may be open on it. The pool pings it on the way, and a server that
+    /// vanished must not keep one of the few connections for ever.
     pub(crate) fn give_back(mut self) {
         let Some(mut connection) = self.connection.take() else { return };
         let Ok(runtime) = Handle::try_current() else { return drop(connection.detach()) };

@@ -1,4 +1,5 @@
-//! Which database: a file of SQLite, or a PostgreSQL server. Parsed before anything is opened; passwords never show.
+//! Which database: a file of SQLite, or a PostgreSQL server. Parsed before anything is opened; passwords
+//! never show.
 
 use std::fmt;
 use std::io::Read as _;
@@ -12,8 +13,8 @@ use url::{Host, Url};
 const URL_LIMIT_BYTES: usize = 4_096;
 /// The same for what a password file holds.
 const PASSWORD_LIMIT_BYTES: u64 = 1_024;
-/// What may stand behind the `?`: what else PostgreSQL's clients know (`options` above all) could undo the time-outs
-/// and the isolation that the registry rests on.
+/// What may stand behind the `?`: what else PostgreSQL's clients know (`options` above all) could undo the
+/// time-outs and the isolation that the registry rests on.
 const OPTIONS: [&str; 8] =
     ["host", "port", "dbname", "user", "application_name", "sslmode", "sslrootcert", "sslcert"];
 /// As above; its value is a path, like that of `sslrootcert` and `sslcert`.
@@ -63,8 +64,8 @@ pub enum DatabaseError {
 }
 
 impl Database {
-    /// The same with the password of a file, which must not be open to everybody. A line feed at its end is no part
-    /// of it. SQLite has no password.
+    /// The same with the password of a file, which must not be open to everybody. A line feed at its end is
+    /// no part of it. SQLite has no password.
     ///
     /// # Errors
     /// [`DatabaseError::Password`].

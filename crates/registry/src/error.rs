@@ -2,7 +2,8 @@
 
 use types::{ErrorCode, Problem};
 
-/// Why a registry operation failed. Nothing of its transaction took effect, unless it says that this is unknown.
+/// Why a registry operation failed. Nothing of its transaction took effect, unless it says that this is
+/// unknown.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
     /// The database can't be read or written: disk full, read-only, locked, broken. The manager fails closed.
@@ -14,9 +15,9 @@ pub enum RegistryError {
         #[source]
         source: sqlx::Error,
     },
-    /// The connection to the server was lost while it committed, and the server could not be asked since: all of the
-    /// transaction happened, or nothing. A writing transaction that begins later finds out: it begins only after this
-    /// one has ended, and sees what it did.
+    /// The connection to the server was lost while it committed, and the server could not be asked since: all
+    /// of the transaction happened, or nothing. A writing transaction that begins later finds out: it begins
+    /// only after this one has ended, and sees what it did.
     #[error("it is not known whether the registry could {operation}")]
     CommitUnknown {
         /// The transaction.
@@ -25,7 +26,8 @@ pub enum RegistryError {
         #[source]
         source: sqlx::Error,
     },
-    /// A statement of the transaction had failed, and it went on all the same: a defect. Nothing is committed.
+    /// A statement of the transaction had failed, and it went on all the same: a defect. Nothing is
+    /// committed.
     #[error("cannot {operation}: a statement of the transaction failed before")]
     Spoilt {
         /// The transaction.
@@ -105,8 +107,8 @@ impl From<RegistryError> for Problem {
     }
 }
 
-/// SQLite's "busy" and "locked"; PostgreSQL's serialization failure, deadlock, and lock or statement time-out: worth
-/// another try when the transaction begins.
+/// SQLite's "busy" and "locked"; PostgreSQL's serialization failure, deadlock, and lock or statement
+/// time-out: worth another try when the transaction begins.
 pub(crate) fn is_busy(error: &sqlx::Error) -> bool {
     let busy = ["5", "6", "261", "262", "517", "40001", "40P01", "55P03", "57014"];
     database_code(error).is_some_and(|code| busy.contains(&code.as_str()))

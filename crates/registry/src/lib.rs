@@ -1,13 +1,14 @@
 //! The database module: records, transactions, the audit chain.
 //!
-//! Every decision of the manager is one named transaction ([`Registry::begin`] … [`Tx::commit`]) that holds the
-//! rows *and* the audit entry of the decision, so that neither exists without the other. One manager keeps its
-//! registry in an embedded SQLite file (WAL, `synchronous=FULL`); several share a PostgreSQL server. The statements
-//! use text, 64-bit integers and blobs only, and are the same on both; there is a folder of migrations for each.
+//! Every decision of the manager is one named transaction ([`Registry::begin`] … [`Tx::commit`]) that holds
+//! the rows *and* the audit entry of the decision, so that neither exists without the other. One manager
+//! keeps its registry in an embedded SQLite file (WAL, `synchronous=FULL`); several share a PostgreSQL
+//! server. The statements use text, 64-bit integers and blobs only, and are the same on both; there is a
+//! folder of migrations for each.
 //!
-//! A transaction is a guard rather than a closure: writers take the write lock when they begin (and it is there
-//! that "busy", or a server that was restarted, is met and retried), so that nothing inside ever has to be run twice.
-//! docs/registry.md says how writers wait for each other, and for how long.
+//! A transaction is a guard rather than a closure: writers take the write lock when they begin (and it is
+//! there that "busy", or a server that was restarted, is met and retried), so that nothing inside ever has to
+//! be run twice. docs/registry.md says how writers wait for each other, and for how long.
 //!
 //! Architecture invariant: no decisions here. Rows go in and out; who may do what is decided by the manager.
 
@@ -46,10 +47,11 @@ use tx::Writing;
 const BUSY_ATTEMPTS: u32 = 4;
 /// Rest between those tries.
 const BUSY_RETRY: Duration = Duration::from_millis(50);
-/// How often it tries when its connection turns out to be dead: every one of the pool may be, after a restart.
+/// How often it tries when its connection turns out to be dead: every one of the pool may be, after a
+/// restart.
 const LOST_ATTEMPTS: u32 = CONNECTIONS + 2;
-/// How long a transaction waits for those of this process that come before it: each is bounded on its own, and a
-/// caller must not wait for all of them when the server hangs.
+/// How long a transaction waits for those of this process that come before it: each is bounded on its own,
+/// and a caller must not wait for all of them when the server hangs.
 const QUEUE_LIMIT: Duration = Duration::from_secs(20);
 
 /// The registry. Cheap to clone.
@@ -64,8 +66,8 @@ impl Registry {
     /// Opens the database (SQLite: creates it where needed) and brings its schema up to date.
     ///
     /// # Errors
-    /// [`RegistryError::Unavailable`] when it cannot be read, written or brought up to date, or is a PostgreSQL
-    /// server whose commits are not durable (`fsync=off`).
+    /// [`RegistryError::Unavailable`] when it cannot be read, written or brought up to date, or is a
+    /// PostgreSQL server whose commits are not durable (`fsync=off`).
     pub async fn open(database: &Database) -> Result<Self, RegistryError> {
         let (pool, backend) = backend::open(database).await?;
         Ok(Self { pool, backend, writer: Arc::new(Mutex::new(())) })

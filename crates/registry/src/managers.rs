@@ -1,10 +1,11 @@
 //! Managers that share the registry, and who of them works on which migration.
 //!
-//! Every process that serves the registry starts with a fresh *term*; a manager's row holds the term of the process
-//! that runs under its name now, so that an earlier one (stopped, cut off, forgotten) is told that it is superseded.
-//! A *lease* says who works on an open migration. It is taken by compare-and-swap: when nobody has it, when its time
-//! is over, or when it is held by an earlier process of the same name. Each tenure has a term of its own, which only
-//! grows; whoever acts under a lease shows it in the same transaction ([`Tx::lease_holds`]).
+//! Every process that serves the registry starts with a fresh *term*; a manager's row holds the term of the
+//! process that runs under its name now, so that an earlier one (stopped, cut off, forgotten) is told that it
+//! is superseded. A *lease* says who works on an open migration. It is taken by compare-and-swap: when nobody
+//! has it, when its time is over, or when it is held by an earlier process of the same name. Each tenure has
+//! a term of its own, which only grows; whoever acts under a lease shows it in the same transaction
+//! ([`Tx::lease_holds`]).
 //!
 //! Leases spread work. That no decision is made twice rests on the transactions, whoever makes them.
 
@@ -215,8 +216,8 @@ impl Tx {
         self.execute(query).await
     }
 
-    /// Whether a tenure is still the caller's: nobody took it over, and no later process runs under its name. One
-    /// whose time is over, but which nobody took, still is.
+    /// Whether a tenure is still the caller's: nobody took it over, and no later process runs under its name.
+    /// One whose time is over, but which nobody took, still is.
     ///
     /// # Errors
     /// Those of the database.
@@ -237,7 +238,8 @@ impl Tx {
         Ok(self.execute(query).await? == 1)
     }
 
-    /// The lease that keeps a process off a migration now, if there is one. Changes nothing: for a look before asking.
+    /// The lease that keeps a process off a migration now, if there is one. Changes nothing: for a look
+    /// before asking.
     ///
     /// # Errors
     /// Those of the database.
@@ -251,8 +253,8 @@ impl Tx {
         Ok(held.filter(|lease| lease.keeps_off(holder, now_us)))
     }
 
-    /// The clock that leases go by: the server's, or on SQLite this transaction's time. Microseconds since the Unix
-    /// epoch.
+    /// The clock that leases go by: the server's, or on SQLite this transaction's time. Microseconds since
+    /// the Unix epoch.
     ///
     /// # Errors
     /// Those of the database.

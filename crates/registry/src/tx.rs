@@ -13,8 +13,8 @@ use tokio::sync::OwnedMutexGuard;
 /// Longer transactions are worth a line in the log: they are in the way of a switchover.
 const SLOW_TRANSACTION_MS: u128 = 250;
 
-/// One transaction. Dropped without [`Tx::commit`] it never happened. A statement that fails spoils it: nothing of
-/// it can be committed any more.
+/// One transaction. Dropped without [`Tx::commit`] it never happened. A statement that fails spoils it:
+/// nothing of it can be committed any more.
 pub struct Tx {
     name: &'static str,
     now_us: i64,
@@ -47,7 +47,8 @@ enum Standing {
 impl Drop for Tx {
     fn drop(&mut self) {
         let Some(session) = self.session.take() else { return };
-        // An SQLite connection that failed to write is closed: when a disk is full SQLite rolls back by itself.
+        // An SQLite connection that failed to write is closed: when a disk is full SQLite rolls back by
+        // itself.
         let keeps = self.writing.is_none() || !matches!(self.backend, Backend::Sqlite);
         if keeps && self.standing != Standing::Unanswered {
             session.roll_back(self.writing.take());

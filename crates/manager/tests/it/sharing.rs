@@ -1,5 +1,5 @@
-//! Managers whose registry is on PostgreSQL, alone and two at once: who works on a migration, who takes over, and that
-//! a server that goes away is survived.
+//! Managers whose registry is on PostgreSQL, alone and two at once: who works on a migration, who takes over,
+//! and that a server that goes away is survived.
 
 use crate::postgres::Cluster;
 use crate::skip;
@@ -80,8 +80,8 @@ async fn a_server_that_is_restarted_in_a_migration_is_survived() {
     }
 }
 
-/// Two managers, hosts at the first one only. The second sees everything, works on nothing that is the first one's,
-/// and takes over what the first one leaves behind.
+/// Two managers, hosts at the first one only. The second sees everything, works on nothing that is the first
+/// one's, and takes over what the first one leaves behind.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_two_managers_one_works_on_a_migration_and_the_other_takes_over() {
     let Some(cluster) = cluster() else { return };
@@ -102,7 +102,8 @@ async fn of_two_managers_one_works_on_a_migration_and_the_other_takes_over() {
 
     // A host that is not there keeps a migration open, and some manager at work on it.
     one.ok("/v1/hosts", &host_spec("host-c")).await;
-    let stuck = "UPDATE migrations SET state = 'requested', source = 'host-c', target = 'host-c', is_open = 1, ended_at_us = NULL, handover = NULL, \
+    let stuck = "UPDATE migrations SET state = 'requested', source = 'host-c', target = 'host-c', \
+                 is_open = 1, ended_at_us = NULL, handover = NULL, \
                  requested_at_us = CAST(EXTRACT(EPOCH FROM now()) * 1000000 AS BIGINT) + 3600000000";
     one.kill();
     held(&cluster, stuck);

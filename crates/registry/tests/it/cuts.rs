@@ -1,6 +1,7 @@
-//! Connections that break at a chosen point: before a commit reaches the server, after it was carried out but before
-//! the answer comes back, in the middle of a transaction, or that fall silent. A decision stays single: what is told
-//! as done is there once, what is told as not done is not there, and what is told as unknown is one or the other.
+//! Connections that break at a chosen point: before a commit reaches the server, after it was carried out but
+//! before the answer comes back, in the middle of a transaction, or that fall silent. A decision stays
+//! single: what is told as done is there once, what is told as not done is not there, and what is told as
+//! unknown is one or the other.
 
 use crate::place::{Place, append, count, whole};
 use crate::{postgres, skip};
@@ -217,7 +218,8 @@ async fn a_beginning_that_is_cut_is_tried_again() {
     check(Cut::After("BEGIN"), true, Told::Done, 1).await;
 }
 
-/// The connection ends at the very moment at which the commit is sent: the server may be before it, in it or past it.
+/// The connection ends at the very moment at which the commit is sent: the server may be before it, in it or
+/// past it.
 #[tokio::test]
 async fn whatever_a_commit_came_to_it_is_told_rightly() {
     let Some(setting) = setting().await else { return };

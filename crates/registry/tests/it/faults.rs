@@ -1,4 +1,5 @@
-//! Faults of a PostgreSQL server and of the processes that use it: killed, restarted, frozen, hung, not durable.
+//! Faults of a PostgreSQL server and of the processes that use it: killed, restarted, frozen, hung, not
+//! durable.
 
 use crate::place::{Place, append, count, whole};
 use crate::postgres::Cluster;
@@ -232,7 +233,8 @@ async fn a_transaction_that_is_kept_busy_is_ended_by_the_next_writer() {
     assert_eq!((count(&registry, "endless").await, whole(&registry).await), (0, 1));
 }
 
-/// A server that takes connections and answers nothing: everybody is told, in bounded time, and it goes on after.
+/// A server that takes connections and answers nothing: everybody is told, in bounded time, and it goes on
+/// after.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_hangs_is_told_in_time() {
     let Some((cluster, _, registry)) = started().await else { return };
@@ -259,8 +261,8 @@ async fn a_server_that_hangs_is_told_in_time() {
     assert_eq!((count(&registry, "hung").await, whole(&registry).await), (0, 2));
 }
 
-/// With a replica that has to confirm and does not, a commit is not done, whatever the server's role says: neither
-/// the role's `synchronous_commit` nor a time-out may make a success of it.
+/// With a replica that has to confirm and does not, a commit is not done, whatever the server's role says:
+/// neither the role's `synchronous_commit` nor a time-out may make a success of it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_no_replica_confirms_is_not_told_as_done() {
     let Some((cluster, place, first)) = started().await else { return };

@@ -1,5 +1,5 @@
-//! The registry on real databases: the same tests on an SQLite file and on a PostgreSQL server, then what only one of
-//! them can suffer.
+//! The registry on real databases: the same tests on an SQLite file and on a PostgreSQL server, then what
+//! only one of them can suffer.
 #![allow(clippy::unwrap_used)]
 
 mod audit;

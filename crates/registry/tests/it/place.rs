@@ -23,7 +23,8 @@ impl Place {
         Some(Self { url, _folder: Some(folder) })
     }
 
-    /// A fresh database on the server that this process's tests share; `None` (counted) where there is no server.
+    /// A fresh database on the server that this process's tests share; `None` (counted) where there is no
+    /// server.
     pub(crate) fn postgres() -> Option<Self> {
         match postgres::shared() {
             Ok(cluster) => Some(Self::at(cluster.database())),

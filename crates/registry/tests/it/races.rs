@@ -126,7 +126,8 @@ async fn of_a_hundred_redemptions_of_one_permit_one_counts(place: Place) {
     assert!(held.consumed_at_us.is_some());
 }
 
-/// Each looks at what is promised, and takes the room if there is some: two that looked at once must not both.
+/// Each looks at what is promised, and takes the room if there is some: two that looked at once must not
+/// both.
 async fn of_a_hundred_reservations_the_last_room_is_given_to_one(place: Place) {
     let (registry, _) = place.furnished().await;
     let numbers = || (10..).take(TRIES).map(|n| u8::try_from(n).unwrap());
@@ -189,7 +190,8 @@ async fn two_managers_append_a_thousand_entries_to_one_chain(place: Place) {
     assert_eq!(crate::place::count(&first, "second").await, 500);
 }
 
-/// On PostgreSQL only: of an SQLite file's managers, the second one does not get past the lock of its state folder.
+/// On PostgreSQL only: of an SQLite file's managers, the second one does not get past the lock of its state
+/// folder.
 #[tokio::test]
 async fn managers_that_start_together_make_one_schema() {
     let Some(place) = Place::postgres() else { return };

@@ -106,7 +106,8 @@ async fn a_reader_sees_one_picture_and_writes_nothing(place: Place) {
     assert_eq!(registry.read("read").await.unwrap().vms().await.unwrap().len(), 2);
 }
 
-/// Futures are dropped at every point of a beginning and of a statement; whoever comes next must not wait for them.
+/// Futures are dropped at every point of a beginning and of a statement; whoever comes next must not wait for
+/// them.
 async fn a_transaction_that_was_given_up_leaves_no_lock(place: Place) {
     let (registry, _) = place.furnished().await;
     for polls in 0..60 {

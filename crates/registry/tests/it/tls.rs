@@ -74,7 +74,8 @@ async fn a_server_is_believed_by_its_certificate_only_and_gets_the_password_of_t
     };
     let registry = open("localhost", "ours.pem", "password").await.unwrap();
     append(&registry, "over TLS").await.unwrap();
-    let sessions = "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE ssl AND usename = 'outrider'";
+    let sessions = "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) \
+                    WHERE ssl AND usename = 'outrider'";
     assert_ne!(cluster.sql("postgres", sessions), "0");
     registry.close().await;
 

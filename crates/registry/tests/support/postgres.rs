@@ -1,8 +1,8 @@
-//! A PostgreSQL server for tests: a cluster of its own in a temporary folder, reached by a socket in it, run by an
-//! unprivileged user, and never the distribution's.
+//! A PostgreSQL server for tests: a cluster of its own in a temporary folder, reached by a socket in it, run
+//! by an unprivileged user, and never the distribution's.
 //!
-//! A janitor holds the reading end of a pipe whose writing end is this process's: when the test ends, fails or is
-//! killed the pipe closes, and the janitor stops the server and removes the folder.
+//! A janitor holds the reading end of a pipe whose writing end is this process's: when the test ends, fails
+//! or is killed the pipe closes, and the janitor stops the server and removes the folder.
 #![allow(dead_code, unreachable_pub)]
 
 use std::fmt::Write as _;
