@@ -35,7 +35,7 @@ struct Need {
     least_major: u32,
 }
 
-const NEEDS: [Need; 7] = [
+const NEEDS: [Need; 8] = [
     need("gcc", false, 0),
     need("g++", false, 0),
     need("libc6-dev", false, 0),
@@ -43,6 +43,8 @@ const NEEDS: [Need; 7] = [
     need("nftables", false, 0),
     need("qemu-system-x86", true, QEMU_MAJOR),
     need("qemu-utils", true, QEMU_MAJOR),
+    // Its programs only: tests make clusters of their own (see `WithoutCluster`).
+    need("postgresql-15", false, 15),
 ];
 
 const fn need(package: &'static str, backports: bool, least_major: u32) -> Need {
@@ -117,6 +119,7 @@ fn install(apt: &Apt, missing: &[&Need], consent: Consent) -> Result<()> {
     );
     ensure!(agreed(&list, consent)?, "not installed: {list}");
     eprintln!("packages: installing {list}");
+    let _without_cluster = WithoutCluster::new()?;
     let (backports, main): (Vec<&Need>, Vec<&Need>) =
         missing.iter().copied().partition(|need| need.backports);
     for (group, suite) in [(main, RELEASE.to_owned()), (backports, format!("{RELEASE}-backports"))] {
@@ -138,6 +141,30 @@ fn install(apt: &Apt, missing: &[&Need], consent: Consent) -> Result<()> {
     let still: Vec<&Need> = missing.iter().copied().filter(|need| !is_installed(need)).collect();
     ensure!(still.is_empty(), "apt reported success, yet these are missing: {}", names(&still));
     Ok(())
+}
+
+/// While this is there, a PostgreSQL server that is installed makes and starts no database of its own.
+struct WithoutCluster {
+    file: PathBuf,
+}
+
+impl WithoutCluster {
+    fn new() -> Result<Self> {
+        let folder = Path::new("/etc/postgresql-common/createcluster.d");
+        fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+        let file = folder.join("outrider-setup.conf");
+        fs::write(&file, "create_main_cluster = false\n")
+            .with_context(|| format!("writing {}", file.display()))?;
+        Ok(Self { file })
+    }
+}
+
+impl Drop for WithoutCluster {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.file) {
+            eprintln!("packages: cannot remove {}: {error}", self.file.display());
+        }
+    }
 }
 
 fn names(needs: &[&Need]) -> String {

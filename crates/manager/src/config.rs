@@ -1,5 +1,6 @@
 //! Configuration: TOML, every key documented here, unknown keys are errors.
 
+use registry::Database;
 use serde::Deserialize;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -13,8 +14,14 @@ use types::{ErrorCode, Name, Problem};
 pub struct Config {
     /// State folder: registry, CA, permit key, admin token. Mode 0700.
     pub state_folder: PathBuf,
-    /// Name of this manager.
+    /// Name of this manager. Each manager of a shared registry needs one of its own.
     pub name: Name,
+    /// Where the registry is: a path or `sqlite:PATH`, or `postgres://USER@HOST/DATABASE` for several managers. Without
+    /// it, `registry.db` in the state folder.
+    #[serde(deserialize_with = "database")]
+    pub registry: Option<Database>,
+    /// File with the password of the database's user.
+    pub registry_password_file: Option<PathBuf>,
     /// Trust domain of the identities that it issues.
     pub trust_domain: String,
     /// Where operators connect (HTTPS).
@@ -67,6 +74,8 @@ impl Default for Config {
         Self {
             state_folder: PathBuf::from("/var/lib/outrider/manager"),
             name: "manager".parse().expect("a constant that follows the rule of names"),
+            registry: None,
+            registry_password_file: None,
             trust_domain: "outrider".to_owned(),
             operator_listen: SocketAddr::from(([0, 0, 0, 0], 7443)),
             hosts_listen: SocketAddr::from(([0, 0, 0, 0], 7444)),
@@ -95,6 +104,26 @@ fn profile<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Inspecti
     String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
 }
 
+fn bad_configuration(detail: String) -> Problem {
+    Problem::new(ErrorCode::BadConfiguration, detail)
+}
+
+fn database<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Database>, D::Error> {
+    String::deserialize(deserializer)?.parse().map(Some).map_err(serde::de::Error::custom)
+}
+
+/// What is wrong, with the line that it is in, but without a password that stands in a URL there.
+fn without_passwords(text: &str) -> String {
+    let hide = |line: &str| match (line.find("://"), line.rfind('@')) {
+        (Some(from), Some(to)) if from < to => {
+            let (head, tail) = (line.get(..from).unwrap_or(""), line.get(to..).unwrap_or(""));
+            format!("{head}://***{tail}")
+        }
+        _ => line.to_owned(),
+    };
+    text.lines().map(hide).collect::<Vec<_>>().join("\n")
+}
+
 impl Config {
     /// Reads a configuration.
     ///
@@ -102,7 +131,7 @@ impl Config {
     /// `bad-configuration`, naming the key and the line.
     pub fn from_toml(text: &str) -> Result<Self, Problem> {
         let config: Self =
-            toml::from_str(text).map_err(|e| Problem::new(ErrorCode::BadConfiguration, e.to_string()))?;
+            toml::from_str(text).map_err(|e| bad_configuration(without_passwords(&e.to_string())))?;
         config.validate()?;
         Ok(config)
     }
@@ -119,6 +148,26 @@ impl Config {
             problem.detail = format!("{}: {}", path.display(), problem.detail);
             problem
         })
+    }
+
+    /// The registry's database, with its password.
+    ///
+    /// # Errors
+    /// `bad-configuration`: the password file cannot be used.
+    pub fn database(&self) -> Result<Database, Problem> {
+        let file = || Database::Sqlite(self.state_folder.join("registry.db"));
+        let database = self.registry.clone().unwrap_or_else(file);
+        match &self.registry_password_file {
+            None => Ok(database),
+            Some(path) => database
+                .with_password_file(path)
+                .map_err(|e| bad_configuration(format!("registry_password_file: {e}"))),
+        }
+    }
+
+    /// Whether other managers may use the registry as well.
+    pub(crate) fn shares_registry(&self) -> bool {
+        matches!(self.registry, Some(Database::Postgres(_)))
     }
 
     /// Checks what the types do not say.
@@ -183,6 +232,7 @@ impl Config {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -216,6 +266,31 @@ mod tests {
             "inspection_profile = \"strict+signatures+signatures-complete\"",
             Err("is no inspection profile"),
         );
+        check("registry = \"postgres://outrider@localhost/outrider\"", Ok(()));
+        check("registry = \"/srv/registry.db\"", Ok(()));
+        check("registry = \"mysql://u@h/d\"", Err("registry"));
+        check("registry = \"postgres://u@db.example/d?sslmode=require\"", Err("verify-full"));
         check("inspection_profile = \"lax\"", Err("\"lax\" is no inspection profile"));
+    }
+
+    #[test]
+    fn a_password_in_a_url_shows_in_no_message() {
+        for text in [
+            "registry = \"mysql://u:hunter2@h/d\"",
+            "registry = \"postgres://u:hunter2@h/d?sslmode=prefer\"",
+            "registry = \"postgres://u:hunter2@h/d",
+            "registry = \"postgres://u:hu@nter2@h/d\" x",
+            "registri = \"postgres://u:hunter2@h/d\"",
+            "registry = [\"postgres://u:hunter2@h/d\"]",
+        ] {
+            let problem = Config::from_toml(text).unwrap_err();
+            assert!(!problem.detail.contains("nter2"), "{}", problem.detail);
+        }
+        let config = Config::from_toml("registry = \"postgres://u:hunter2@localhost/d\"").unwrap();
+        assert!(!format!("{config:?}").contains("hunter2"));
+        let twice = Config { registry_password_file: Some("/nowhere".into()), ..config };
+        assert!(twice.database().unwrap_err().detail.contains("registry_password_file"));
+        let of_sqlite = Config { registry_password_file: Some("/nowhere".into()), ..Config::default() };
+        assert!(of_sqlite.database().unwrap_err().detail.contains("no password"));
     }
 }

@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::feed::Feed;
 use crate::fleet::Fleet;
 use crate::http::Doorkeeper;
+use crate::leases::Leases;
 use crate::policy::Policy;
 use registry::{Registry, RegistryError, Tx};
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +29,7 @@ pub(crate) struct Manager {
     pub(crate) watch: Watch,
     pub(crate) hurry: Hurry,
     pub(crate) ordered: Ordered,
+    pub(crate) leases: Leases,
     /// Of the joins.
     pub(crate) door: Doorkeeper,
     pub(crate) anchor: Anchor,
@@ -55,7 +57,7 @@ impl Manager {
         let Some(why) = self.forgetful.get() else { return Ok(()) };
         let detail = format!("the registry may be older than what it has said: {why}");
         Err(Problem::new(ErrorCode::AuditBroken, detail).hint(
-            "restore a current registry.db and restart the manager; or, if what is lost is known and no VM can run \
+            "restore a current registry and restart the manager; or, if what is lost is known and no VM can run \
              twice, remove audit.anchor from its state folder and restart it. VMs that run are not touched",
         ))
     }

@@ -8,6 +8,7 @@
 //! | `http` | operators: HTTPS, JSON, events |
 //! | `fleet` | hosts: join, attach, sessions |
 //! | `hosts`, `vms` | records |
+//! | `leases` | which of several managers works on which migration |
 //! | `migration` | from request to report; one reconciler per open migration |
 //!
 //! Architecture invariants: no hypervisor and no byte of a stream comes here. Every decision is one transaction with
@@ -22,6 +23,7 @@ mod feed;
 mod fleet;
 mod hosts;
 mod http;
+mod leases;
 mod migration;
 mod policy;
 mod vms;
@@ -33,6 +35,7 @@ use crate::authority::{Authority, StateFolder, admin_token, token_hash};
 use crate::core::{Hurry, Manager, Ordered, Watch};
 use crate::feed::Feed;
 use crate::fleet::{Fleet, FleetService, HostConnection};
+use crate::leases::Leases;
 use crate::policy::Policy;
 use api::fleet::fleet_server::FleetServer;
 use link::control::{HostListener, LinkError, OperatorListener};
@@ -93,8 +96,8 @@ pub async fn run_with(
     let state = folder.path().to_owned();
     let (token, admin_token_file) = admin_token(&state)?;
     let authority = Authority::open(folder, &config)?;
-    let registry = Registry::open(&state.join("registry.db")).await?;
-    admit_admin(&registry, &token).await?;
+    let registry = Registry::open(&config.database()?).await?;
+    admit_admin(&registry, &config, &token).await?;
     let identity = authority.identity();
     let operators = OperatorListener::bind(config.operator_listen, identity.clone())
         .await
@@ -103,6 +106,10 @@ pub async fn run_with(
         .await
         .map_err(|e| cannot_listen(&e))?;
     let advertised = config.advertised(hosts.local_address())?;
+    let leases = match config.shares_registry() {
+        true => Leases::shared(&registry, &config.name, &advertised).await?,
+        false => Leases::alone(),
+    };
     let running = Running {
         operators: operators.local_address(),
         hosts: hosts.local_address(),
@@ -119,6 +126,7 @@ pub async fn run_with(
         watch: Watch::default(),
         hurry: Hurry::default(),
         ordered: Ordered::default(),
+        leases,
         door: http::Doorkeeper::default(),
         anchor: Anchor::open(&state),
         forgetful: std::sync::OnceLock::new(),
@@ -147,15 +155,20 @@ fn cannot_listen(error: &LinkError) -> Problem {
     Problem::new(error.error_code(), detail)
 }
 
-async fn admit_admin(registry: &Registry, token: &str) -> Result<(), Problem> {
-    let admin = ApiToken { name: "admin".to_owned(), role: "admin".to_owned(), expires_at_us: None };
+async fn admit_admin(registry: &Registry, config: &Config, token: &str) -> Result<(), Problem> {
+    // Each manager makes its own admin token: that of one must not replace another's.
+    let name = match config.shares_registry() {
+        true => format!("admin-{}", config.name),
+        false => "admin".to_owned(),
+    };
+    let admin = ApiToken { name, role: "admin".to_owned(), expires_at_us: None };
     let hash = token_hash(token);
     if registry.read("admin token").await?.api_token(&hash).await?.as_ref() == Some(&admin) {
         return Ok(());
     }
     let mut tx = registry.begin("admin token", clock::now_us()).await?;
     tx.put_api_token(&hash, &admin).await?;
-    tx.audit("manager", "token.admin", "admin", serde_json::json!({ "role": "admin" })).await?;
+    tx.audit("manager", "token.admin", &admin.name, serde_json::json!({ "role": "admin" })).await?;
     Ok(tx.commit().await?)
 }
 
@@ -206,7 +219,10 @@ async fn serve(
     let keeper = Arc::clone(manager);
     let housekeeping = tokio::spawn(async move { keep_house(&keeper).await });
 
-    shutdown.await;
+    let superseded = tokio::select! {
+        () = shutdown => false,
+        () = manager.leases.superseded() => true,
+    };
     tracing::info!("the manager ends");
     end.cancel();
     manager.fleet.close_all();
@@ -221,13 +237,17 @@ async fn serve(
     };
     let ended = tokio::time::timeout(SHUTDOWN_LIMIT, orderly).await;
     housekeeping.abort();
+    leases::release(manager).await;
     note_anchor(manager).await;
     manager.registry.close().await;
+    if superseded {
+        return Err(leases::superseded(&manager.config.name));
+    }
     // Connections that do not end are cut: nothing of theirs is half done, since every decision is a transaction.
     ended.unwrap_or(Ok(()))
 }
 
-async fn keep_house(manager: &Manager) {
+async fn keep_house(manager: &Arc<Manager>) {
     let fresh = manager.authority.keep_fresh(&manager.config);
     let sweep = async {
         loop {
@@ -244,7 +264,7 @@ async fn keep_house(manager: &Manager) {
             }
         }
     };
-    tokio::join!(fresh, sweep);
+    tokio::join!(fresh, sweep, leases::watch(manager));
 }
 
 async fn note_anchor(manager: &Manager) {

@@ -6,7 +6,7 @@
 //! against that.
 
 use crate::error::RegistryError;
-use crate::tx::{Tx, column, document, unsigned};
+use crate::tx::{Tx, column, document, plain, unsigned};
 use permit::chain::Head;
 use serde::Serialize;
 use serde_json::Value;
@@ -114,9 +114,9 @@ impl Tx {
         let mut entry = AuditRecord {
             sequence: seq + 1,
             at_us: self.now_us(),
-            actor: actor.to_owned(),
-            action: action.to_owned(),
-            subject: subject.to_owned(),
+            actor: plain(actor),
+            action: plain(action),
+            subject: plain(subject),
             detail,
             hash,
         };

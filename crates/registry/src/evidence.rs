@@ -1,7 +1,7 @@
 //! What decisions rest on: permits, nonces, reservations, signed statements, events.
 
 use crate::error::RegistryError;
-use crate::tx::{Tx, column, document, parsed, signed, unsigned};
+use crate::tx::{Tx, column, document, parsed, plain, signed, unsigned};
 use sqlx::any::AnyRow;
 use types::permit::PermitClaims;
 use types::{Digest, HostName, MigrationId, Nonce, VmId};
@@ -133,7 +133,7 @@ impl Tx {
     pub async fn use_nonce(&mut self, nonce: Nonce, by: &str) -> Result<bool, RegistryError> {
         let sql = "INSERT INTO request_nonces (nonce, used_by, seen_at_us) VALUES ($1, $2, $3) \
                    ON CONFLICT (nonce) DO NOTHING";
-        let query = sqlx::query(sql).bind(nonce.to_string()).bind(by.to_owned()).bind(self.now_us());
+        let query = sqlx::query(sql).bind(nonce.to_string()).bind(plain(by)).bind(self.now_us());
         Ok(self.execute(query).await? == 1)
     }
 
@@ -224,7 +224,7 @@ impl Tx {
         let query = sqlx::query(sql)
             .bind(digest.to_string())
             .bind(migration.to_string())
-            .bind(kind.to_owned())
+            .bind(plain(kind))
             .bind(host.to_string())
             .bind(token.to_vec())
             .bind(self.now_us());
@@ -263,8 +263,8 @@ impl Tx {
             .bind(migration.to_string())
             .bind(signed("sequence", last + 1)?)
             .bind(event.at_us)
-            .bind(event.host.clone())
-            .bind(event.kind.clone())
+            .bind(plain(&event.host))
+            .bind(plain(&event.kind))
             .bind(event.detail.to_string());
         self.execute(query).await?;
         Ok(true)

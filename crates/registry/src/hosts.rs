@@ -1,7 +1,7 @@
 //! Host records.
 
 use crate::error::RegistryError;
-use crate::tx::{Tx, column, document, document_text, parsed_or_null, variant, variant_text};
+use crate::tx::{Tx, column, document, document_text, parsed_or_null, plain, variant, variant_text};
 use serde::{Deserialize, Serialize};
 use sqlx::any::AnyRow;
 use types::host::{HostSpec, Interface};
@@ -114,7 +114,7 @@ impl Tx {
             .bind(variant_text(&Enrolment::Joined))
             .bind(signing_key.to_vec())
             .bind(journal.to_string())
-            .bind(cert_serial.to_owned())
+            .bind(plain(cert_serial))
             .bind(document_text("interfaces", &interfaces)?);
         self.execute(query).await.map(|_| ())
     }
@@ -132,7 +132,7 @@ impl Tx {
         let sql = "UPDATE hosts SET version = $2, interfaces = $3, last_seen_us = $4 WHERE name = $1";
         let query = sqlx::query(sql)
             .bind(name.to_string())
-            .bind(version.to_owned())
+            .bind(plain(version))
             .bind(document_text("interfaces", &interfaces)?)
             .bind(self.now_us());
         self.execute(query).await.map(|_| ())

@@ -1,88 +1,76 @@
 //! The database module: records, transactions, the audit chain.
 //!
-//! Every decision of the manager is one named transaction ([`Registry::begin`] … [`Tx::commit`]) that holds the
-//! rows *and* the audit entry of the decision, so that neither exists without the other. SQLite is embedded
-//! (WAL, `synchronous=FULL`); the statements use text, 64-bit integers and blobs only, so that PostgreSQL needs
-//! a folder of migrations and nothing else.
+//! Every decision of the manager is one named transaction ([`Registry::begin`] … [`Tx::commit`]) that holds
+//! the rows *and* the audit entry of the decision, so that neither exists without the other. One manager
+//! keeps its registry in an embedded SQLite file (WAL, `synchronous=FULL`); several share a PostgreSQL
+//! server. The statements use text, 64-bit integers and blobs only, and are the same on both; there is a
+//! folder of migrations for each.
 //!
-//! A transaction is a guard rather than a closure: writers take the write lock when they begin (and it is there
-//! that "busy" is met and retried), so that nothing inside ever has to be run twice.
+//! A transaction is a guard rather than a closure: writers take the write lock when they begin (and it is
+//! there that "busy", or a server that was restarted, is met and retried), so that nothing inside ever has to
+//! be run twice. docs/registry.md says how writers wait for each other, and for how long.
 //!
 //! Architecture invariant: no decisions here. Rows go in and out; who may do what is decided by the manager.
 
 mod audit;
+mod backend;
+mod database;
 mod error;
 mod evidence;
 mod hosts;
+mod managers;
 mod migrations;
 mod tokens;
 mod tx;
 mod vms;
 
 pub use audit::{AuditRecord, AuditVerdict};
+pub use database::{Database, DatabaseError, Server};
 pub use error::RegistryError;
 pub use evidence::{EventRow, PermitRow, ReservationTotals, StatementRow};
 pub use hosts::{Enrolment, HostRow};
+pub use managers::{Acquired, Holder, Lease, MAX_LEASE_US, ManagerRow};
 pub use migrations::MigrationRow;
 pub use tokens::{ApiToken, JoinTokenRow, TokenUse};
 pub use tx::Tx;
 pub use vms::{Location, VmRow};
 
-use futures::FutureExt;
-use sqlx::any::AnyPoolOptions;
-use sqlx::{AnyPool, Executor};
-use std::path::Path;
+use backend::{Again, Backend, CONNECTIONS, Session};
+use sqlx::AnyPool;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OwnedMutexGuard};
+use tx::Writing;
 
-/// Readers beside the one writer: handlers of the API and one reconciler for each open migration.
-const CONNECTIONS: u32 = 6;
-/// How long a connection waits for another one's lock before SQLite says "busy".
-const BUSY_TIMEOUT_MS: u32 = 2_000;
-/// How often a transaction tries to begin before the registry counts as unavailable.
-const BEGIN_ATTEMPTS: u32 = 4;
+/// How often a transaction tries to begin while another process holds the lock, before the registry counts as
+/// unavailable.
+const BUSY_ATTEMPTS: u32 = 4;
 /// Rest between those tries.
-const BEGIN_RETRY_MS: u64 = 50;
+const BUSY_RETRY: Duration = Duration::from_millis(50);
+/// How often it tries when its connection turns out to be dead: every one of the pool may be, after a
+/// restart.
+const LOST_ATTEMPTS: u32 = CONNECTIONS + 2;
+/// How long a transaction waits for those of this process that come before it: each is bounded on its own,
+/// and a caller must not wait for all of them when the server hangs.
+const QUEUE_LIMIT: Duration = Duration::from_secs(20);
 
 /// The registry. Cheap to clone.
 #[derive(Clone)]
 pub struct Registry {
     pool: AnyPool,
+    backend: Backend,
     writer: Arc<Mutex<()>>,
 }
 
 impl Registry {
-    /// Opens (and where needed creates) the SQLite file at `path` and brings its schema up to date.
+    /// Opens the database (SQLite: creates it where needed) and brings its schema up to date.
     ///
     /// # Errors
-    /// [`RegistryError::Unavailable`] when it cannot be read, written or brought up to date.
-    pub async fn open(path: &Path) -> Result<Self, RegistryError> {
-        sqlx::any::install_default_drivers();
-        let url = format!("sqlite://{}?mode=rwc", path.display());
-        let pool = AnyPoolOptions::new()
-            .max_connections(CONNECTIONS)
-            .acquire_timeout(Duration::from_secs(5))
-            // A file does not go away like a server does; the ping would stand in the way of every commit.
-            .test_before_acquire(false)
-            .after_connect(|connection, _| {
-                async move {
-                    let pragmas = sqlx::AssertSqlSafe(format!(
-                        "PRAGMA busy_timeout={BUSY_TIMEOUT_MS}; PRAGMA journal_mode=WAL; \
-                         PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;"
-                    ));
-                    connection.execute(sqlx::raw_sql(pragmas)).await.map(|_| ())
-                }
-                .boxed()
-            })
-            .connect(&url)
-            .await
-            .map_err(|e| RegistryError::from_sqlx("open", e))?;
-        sqlx::migrate!("migrations/sqlite").run(&pool).await.map_err(|e| RegistryError::Unavailable {
-            operation: "bring the schema up to date",
-            source: sqlx::Error::Migrate(Box::new(e)),
-        })?;
-        Ok(Self { pool, writer: Arc::new(Mutex::new(())) })
+    /// [`RegistryError::Unavailable`] when it cannot be read, written or brought up to date, or is a
+    /// PostgreSQL server whose commits are not durable (`fsync=off`).
+    pub async fn open(database: &Database) -> Result<Self, RegistryError> {
+        let (pool, backend) = backend::open(database).await?;
+        Ok(Self { pool, backend, writer: Arc::new(Mutex::new(())) })
     }
 
     /// Begins a writing transaction. Dropping it rolls it back.
@@ -92,18 +80,38 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Unavailable`] when the database stays locked or cannot be reached.
     pub async fn begin(&self, name: &'static str, now_us: i64) -> Result<Tx, RegistryError> {
-        let mut writer = Arc::clone(&self.writer).lock_owned().await;
-        let mut attempt = 1;
+        let waiting = tokio::time::timeout(QUEUE_LIMIT, Arc::clone(&self.writer).lock_owned());
+        let writer = waiting.await.map_err(|_| RegistryError::from_sqlx(name, sqlx::Error::PoolTimedOut))?;
+        self.begin_after(name, now_us, writer).await.map_err(|e| RegistryError::from_sqlx(name, e))
+    }
+
+    async fn begin_after(
+        &self,
+        name: &'static str,
+        now_us: i64,
+        writer: OwnedMutexGuard<()>,
+    ) -> Result<Tx, sqlx::Error> {
+        let (mut busy, mut lost) = (0, 0);
         loop {
-            let connection = self.pool.acquire().await.map_err(|e| RegistryError::from_sqlx(name, e))?;
-            match Tx::writing(name, now_us, connection, writer).await {
-                Ok(tx) => return Ok(tx),
-                Err((error, back)) if attempt < BEGIN_ATTEMPTS && error::is_busy(&error) => {
-                    tracing::debug!(transaction = name, attempt, "registry is busy, trying again");
-                    tokio::time::sleep(Duration::from_millis(BEGIN_RETRY_MS)).await;
-                    (attempt, writer) = (attempt + 1, back);
+            let mut session = Session::acquire(&self.pool).await?;
+            let error = match self.backend.begin_writing(session.connection()).await {
+                Ok(number) => {
+                    let writing = Writing { _writer: writer, number };
+                    return Ok(Tx::begun(name, now_us, (&self.backend, &self.pool), session, Some(writing)));
                 }
-                Err((error, _)) => return Err(RegistryError::from_sqlx(name, error)),
+                Err(error) => error,
+            };
+            // Cut, whatever it was: nobody knows how far the beginning came.
+            drop(session);
+            match self.backend.again(&error) {
+                Again::Busy if busy + 1 < BUSY_ATTEMPTS => {
+                    tracing::debug!(transaction = name, busy, "registry is busy, trying again");
+                    (busy, lost) = (busy + 1, 0);
+                    self.backend.end_holder(&self.pool).await;
+                    tokio::time::sleep(BUSY_RETRY).await;
+                }
+                Again::Lost if lost + 1 < LOST_ATTEMPTS => lost += 1,
+                Again::Busy | Again::Lost | Again::No => return Err(error),
             }
         }
     }
@@ -113,8 +121,18 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Unavailable`] when the database cannot be reached.
     pub async fn read(&self, name: &'static str) -> Result<Tx, RegistryError> {
-        let transaction = self.pool.begin().await.map_err(|e| RegistryError::from_sqlx(name, e))?;
-        Ok(Tx::reading(name, transaction))
+        let mut lost = 0;
+        loop {
+            let failed = |e| RegistryError::from_sqlx(name, e);
+            let mut session = Session::acquire(&self.pool).await.map_err(failed)?;
+            match self.backend.begin_reading(session.connection()).await {
+                Ok(()) => return Ok(Tx::begun(name, 0, (&self.backend, &self.pool), session, None)),
+                Err(error) if self.backend.again(&error) == Again::Lost && lost + 1 < LOST_ATTEMPTS => {
+                    lost += 1
+                }
+                Err(error) => return Err(failed(error)),
+            }
+        }
     }
 
     /// Whether it can be written now: an empty, committed change.

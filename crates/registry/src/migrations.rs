@@ -1,7 +1,7 @@
 //! Migrations: one row each, at most one open per VM.
 
 use crate::error::RegistryError;
-use crate::tx::{Tx, column, parsed, variant, variant_text};
+use crate::tx::{Tx, column, parsed, plain, variant, variant_text};
 use sqlx::any::AnyRow;
 use types::migration::MigrationState;
 use types::{HostName, MigrationId, Name, Nonce, VmId};
@@ -78,7 +78,7 @@ impl Tx {
             .bind(variant_text(&row.state))
             .bind(i64::from(row.open))
             .bind(i64::from(row.suspended))
-            .bind(row.requested_by.clone())
+            .bind(plain(&row.requested_by))
             .bind(row.requested_at_us)
             .bind(row.ended_at_us)
             .bind(row.intent.to_string())

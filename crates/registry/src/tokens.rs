@@ -1,7 +1,7 @@
 //! Tokens: only their hashes are here.
 
 use crate::error::RegistryError;
-use crate::tx::{Tx, column, parsed};
+use crate::tx::{Tx, column, parsed, plain};
 use types::HostName;
 
 /// A join token.
@@ -109,13 +109,13 @@ impl Tx {
     /// # Errors
     /// Those of the database.
     pub async fn put_api_token(&mut self, hash: &[u8; 32], token: &ApiToken) -> Result<(), RegistryError> {
-        let forget = sqlx::query("DELETE FROM api_tokens WHERE name = $1").bind(token.name.clone());
+        let forget = sqlx::query("DELETE FROM api_tokens WHERE name = $1").bind(plain(&token.name));
         self.execute(forget).await?;
         let query =
             sqlx::query("INSERT INTO api_tokens (hash, name, role, expires_at_us) VALUES ($1, $2, $3, $4)")
                 .bind(hash.to_vec())
-                .bind(token.name.clone())
-                .bind(token.role.clone())
+                .bind(plain(&token.name))
+                .bind(plain(&token.role))
                 .bind(token.expires_at_us);
         self.insert(|| format!("API token {}", token.name), query).await
     }

@@ -1,39 +1,57 @@
 //! A transaction: the only way to the rows.
 
+use crate::backend::{Backend, Session, Settled, bounded};
 use crate::error::RegistryError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::any::{Any, AnyRow};
-use sqlx::pool::PoolConnection;
 use sqlx::query::Query;
-use sqlx::{AnyConnection, Row, Transaction};
-use std::time::Instant;
+use sqlx::{AnyConnection, AnyPool, Row};
+use std::time::{Duration, Instant};
 use tokio::sync::OwnedMutexGuard;
 
 /// Longer transactions are worth a line in the log: they are in the way of a switchover.
 const SLOW_TRANSACTION_MS: u128 = 250;
 
-/// One transaction. Dropped without [`Tx::commit`] it never happened.
+/// One transaction. Dropped without [`Tx::commit`] it never happened. A statement that fails spoils it:
+/// nothing of it can be committed any more.
 pub struct Tx {
     name: &'static str,
     now_us: i64,
     began: Instant,
-    on: On,
+    backend: Backend,
+    pool: AnyPool,
+    standing: Standing,
+    session: Option<Session>,
+    writing: Option<Writing>,
 }
 
-/// What it runs on.
-enum On {
-    /// One consistent picture.
-    Read(Transaction<'static, Any>),
-    /// Begun and committed here: when a disk is full SQLite rolls back by itself, after which the pool's own
-    /// book-keeping would be wrong for ever; a connection whose transaction did not commit is closed instead.
-    Write { connection: Option<PoolConnection<Any>>, _writer: OwnedMutexGuard<()> },
+/// What a writing transaction holds.
+pub(crate) struct Writing {
+    /// This process writes one at a time.
+    pub(crate) _writer: OwnedMutexGuard<()>,
+    /// By which its commit is known.
+    pub(crate) number: i64,
 }
 
-impl Drop for On {
+/// Whether it may commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    Sound,
+    /// The database refused a statement.
+    Spoilt,
+    /// A statement was not answered: it failed on the way, or nobody waited for it.
+    Unanswered,
+}
+
+impl Drop for Tx {
     fn drop(&mut self) {
-        if let Self::Write { connection: Some(connection), .. } = self {
-            connection.close_on_drop();
+        let Some(session) = self.session.take() else { return };
+        // An SQLite connection that failed to write is closed: when a disk is full SQLite rolls back by
+        // itself.
+        let keeps = self.writing.is_none() || !matches!(self.backend, Backend::Sqlite);
+        if keeps && self.standing != Standing::Unanswered {
+            session.roll_back(self.writing.take());
         }
     }
 }
@@ -41,22 +59,22 @@ impl Drop for On {
 pub(crate) type Statement<'q> = Query<'q, Any, <Any as sqlx::Database>::Arguments>;
 
 impl Tx {
-    pub(crate) fn reading(name: &'static str, transaction: Transaction<'static, Any>) -> Self {
-        Self { name, now_us: 0, began: Instant::now(), on: On::Read(transaction) }
-    }
-
-    pub(crate) async fn writing(
+    pub(crate) fn begun(
         name: &'static str,
         now_us: i64,
-        mut connection: PoolConnection<Any>,
-        writer: OwnedMutexGuard<()>,
-    ) -> Result<Self, (sqlx::Error, OwnedMutexGuard<()>)> {
-        match sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await {
-            Ok(_) => {
-                let on = On::Write { connection: Some(connection), _writer: writer };
-                Ok(Self { name, now_us, began: Instant::now(), on })
-            }
-            Err(error) => Err((error, writer)),
+        (backend, pool): (&Backend, &AnyPool),
+        session: Session,
+        writing: Option<Writing>,
+    ) -> Self {
+        Self {
+            name,
+            now_us,
+            began: Instant::now(),
+            backend: backend.clone(),
+            pool: pool.clone(),
+            standing: Standing::Sound,
+            session: Some(session),
+            writing,
         }
     }
 
@@ -68,39 +86,89 @@ impl Tx {
 
     /// Makes it durable.
     ///
+    /// An answer that gets lost on its way (PostgreSQL) is asked after, for up to ten seconds.
+    ///
     /// # Errors
-    /// [`RegistryError::Unavailable`]; then nothing of it happened.
+    /// [`RegistryError::Unavailable`] and [`RegistryError::Spoilt`]: nothing of it happened.
+    /// [`RegistryError::CommitUnknown`]: it cannot be told whether it happened.
     pub async fn commit(mut self) -> Result<(), RegistryError> {
-        let name = self.name;
-        if let On::Write { connection: slot, .. } = &mut self.on
-            && let Some(mut connection) = slot.take()
-            && let Err(error) = sqlx::query("COMMIT").execute(&mut *connection).await
-        {
-            connection.close_on_drop();
-            return Err(RegistryError::from_sqlx(name, error));
+        let operation = self.name;
+        if self.writing.is_none() {
+            return Ok(());
         }
-        let duration_ms = self.began.elapsed().as_millis();
-        if duration_ms > SLOW_TRANSACTION_MS {
-            tracing::warn!(transaction = name, duration_ms, "slow transaction");
-        } else {
-            tracing::trace!(transaction = name, duration_ms, "transaction");
+        if self.standing != Standing::Sound {
+            return Err(RegistryError::Spoilt { operation });
         }
+        self.standing = Standing::Unanswered;
+        let Some(mut session) = self.session.take() else { return Err(RegistryError::Spoilt { operation }) };
+        match self.backend.commit(session.connection()).await {
+            Ok(()) => session.give_back(),
+            Err(source) => {
+                // Cut first: what is asked must not wait for this connection.
+                drop(session);
+                self.settle(source).await?;
+            }
+        }
+        self.note_duration();
         Ok(())
     }
 
-    pub(crate) fn connection(&mut self) -> &mut AnyConnection {
-        match &mut self.on {
-            On::Read(transaction) => transaction,
-            On::Write { connection, .. } => {
-                connection.as_mut().expect("taken by `commit` only, which consumes the transaction")
+    /// What came of a commit that failed, or whose answer was lost.
+    async fn settle(&mut self, source: sqlx::Error) -> Result<(), RegistryError> {
+        let operation = self.name;
+        let number = self.writing.as_ref().map_or(0, |w| w.number);
+        match self.backend.settle(&self.pool, number).await {
+            Some(Settled::Happened) => {
+                tracing::warn!(
+                    transaction = operation,
+                    "the answer to a commit was lost: it happened ({source})"
+                );
+                Ok(())
             }
+            Some(Settled::DidNot) => Err(RegistryError::from_sqlx(operation, source)),
+            None => Err(RegistryError::CommitUnknown { operation, source }),
         }
     }
 
+    fn note_duration(&self) {
+        let duration_ms = self.began.elapsed().as_millis();
+        if duration_ms > SLOW_TRANSACTION_MS {
+            tracing::warn!(transaction = self.name, duration_ms, "slow transaction");
+        } else {
+            tracing::trace!(transaction = self.name, duration_ms, "transaction");
+        }
+    }
+
+    /// The time by the database's own clock where it is a server's: several machines go by it.
+    pub(crate) async fn shared_now_us(&mut self) -> Result<i64, RegistryError> {
+        let Some(sql) = self.backend.clock() else { return Ok(self.now_us) };
+        let row = self.optional(sqlx::query(sqlx::AssertSqlSafe(sql))).await?;
+        row.as_ref().map_or(Ok(self.now_us), |r| column(r, "now_us"))
+    }
+
+    /// The connection, for one statement. What is not answered leaves the transaction unusable.
+    fn enter(&mut self) -> Result<(&mut AnyConnection, Option<Duration>), RegistryError> {
+        if self.standing != Standing::Sound {
+            return Err(RegistryError::Spoilt { operation: self.name });
+        }
+        self.standing = Standing::Unanswered;
+        let session = self.session.as_mut().expect("taken by `commit` only, which consumes the transaction");
+        Ok((session.connection(), self.backend.answer_limit()))
+    }
+
+    fn leave<T>(&mut self, result: &Result<T, sqlx::Error>) {
+        self.standing = match result {
+            Ok(_) => Standing::Sound,
+            Err(sqlx::Error::Database(_)) => Standing::Spoilt,
+            Err(_) => Standing::Unanswered,
+        };
+    }
+
     pub(crate) async fn execute(&mut self, query: Statement<'_>) -> Result<u64, RegistryError> {
-        let name = self.name;
-        let done = query.execute(self.connection()).await.map_err(|e| RegistryError::from_sqlx(name, e))?;
-        Ok(done.rows_affected())
+        let (connection, limit) = self.enter()?;
+        let done = bounded(limit, query.execute(connection)).await;
+        self.leave(&done);
+        Ok(done.map_err(|e| RegistryError::from_sqlx(self.name, e))?.rows_affected())
     }
 
     pub(crate) async fn insert(
@@ -108,22 +176,24 @@ impl Tx {
         what: impl FnOnce() -> String,
         query: Statement<'_>,
     ) -> Result<(), RegistryError> {
-        let name = self.name;
-        query
-            .execute(self.connection())
-            .await
-            .map(|_| ())
-            .map_err(|e| RegistryError::on_insert(name, what, e))
+        let (connection, limit) = self.enter()?;
+        let done = bounded(limit, query.execute(connection)).await;
+        self.leave(&done);
+        done.map(|_| ()).map_err(|e| RegistryError::on_insert(self.name, what, e))
     }
 
     pub(crate) async fn optional(&mut self, query: Statement<'_>) -> Result<Option<AnyRow>, RegistryError> {
-        let name = self.name;
-        query.fetch_optional(self.connection()).await.map_err(|e| RegistryError::from_sqlx(name, e))
+        let (connection, limit) = self.enter()?;
+        let row = bounded(limit, query.fetch_optional(connection)).await;
+        self.leave(&row);
+        row.map_err(|e| RegistryError::from_sqlx(self.name, e))
     }
 
     pub(crate) async fn all(&mut self, query: Statement<'_>) -> Result<Vec<AnyRow>, RegistryError> {
-        let name = self.name;
-        query.fetch_all(self.connection()).await.map_err(|e| RegistryError::from_sqlx(name, e))
+        let (connection, limit) = self.enter()?;
+        let rows = bounded(limit, query.fetch_all(connection)).await;
+        self.leave(&rows);
+        rows.map_err(|e| RegistryError::from_sqlx(self.name, e))
     }
 
     /// Writes without changing anything, to see whether writing works.
@@ -135,6 +205,11 @@ impl Tx {
         self.execute(sqlx::query("DELETE FROM request_nonces WHERE nonce = 'probe'")).await?;
         Ok(())
     }
+}
+
+/// Text of a peer as it can be kept: PostgreSQL takes no zero characters in text, so none are kept anywhere.
+pub(crate) fn plain(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
 }
 
 /// A column as text, integer or bytes; a type that differs is a malformed registry, not a panic.

@@ -2,7 +2,8 @@
 
 use crate::error::RegistryError;
 use crate::tx::{
-    Tx, column, document, document_text, parsed, parsed_or_null, signed, unsigned, variant, variant_text,
+    Tx, column, document, document_text, parsed, parsed_or_null, plain, signed, unsigned, variant,
+    variant_text,
 };
 use sqlx::any::AnyRow;
 use types::inventory::Inventory;
@@ -191,7 +192,7 @@ impl Tx {
         let query = sqlx::query("UPDATE vms SET inventory = $2, machine = $3 WHERE uuid = $1")
             .bind(vm.to_string())
             .bind(document_text("inventory", inventory)?)
-            .bind(machine.to_owned());
+            .bind(plain(machine));
         self.execute(query).await.map(|_| ())
     }
 

@@ -4,6 +4,7 @@
 use crate::clock;
 use crate::core::Manager;
 use crate::fleet::order_text;
+use crate::leases;
 use crate::migration::facts::reason_of;
 use crate::migration::handover::Addressed;
 use crate::migration::{Facts, gates, handover, permit};
@@ -37,7 +38,12 @@ const FAREWELL_LIMIT: Duration = Duration::from_secs(10);
 pub(crate) async fn run(manager: Arc<Manager>, id: MigrationId) {
     let notify = manager.watch.notify(id);
     loop {
-        let pause = match step(&manager, id).await {
+        let next = match leases::ours(&manager, id).await {
+            Ok(true) => step(&manager, id).await,
+            Ok(false) => Ok(Step::Wait(leases::LOOK_AGAIN)),
+            Err(problem) => Err(problem),
+        };
+        let pause = match next {
             Ok(Step::Closed) => break,
             Ok(Step::Again) => Duration::ZERO,
             Ok(Step::Wait(pause)) => pause,

@@ -52,7 +52,9 @@ pub(crate) async fn accept(
     tx.add_migration(&row).await.map_err(|e| in_flight(e, &row))?;
     let detail = json!({ "migration": row.id, "source": row.source, "target": row.target });
     tx.audit(&caller.audit_name(), "migration.request", row.vm_name.as_str(), detail).await?;
+    let lease = manager.leases.take_new(&mut tx, row.id).await?;
     tx.commit().await?;
+    manager.leases.keep(lease);
     manager.wake(row.id);
     Ok(row.id)
 }

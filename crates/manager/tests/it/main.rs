@@ -6,6 +6,11 @@ mod fake_host;
 mod http;
 mod joining;
 mod migrating;
+#[path = "../../../registry/tests/support/postgres.rs"]
+mod postgres;
 mod restarting;
+mod sharing;
+#[path = "../../../registry/tests/support/skip.rs"]
+mod skip;
 mod starting;
 mod world;

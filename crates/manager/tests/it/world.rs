@@ -52,6 +52,8 @@ pub(crate) struct World {
     pub(crate) hosts_port: Arc<Mutex<Option<SocketAddr>>>,
     manager: Mutex<Option<Process>>,
     state: std::path::PathBuf,
+    /// The manager's name, and the URL of the registry that it shares.
+    shared: Option<(&'static str, String)>,
 }
 
 struct Process {
@@ -142,8 +144,19 @@ impl World {
         Self::at(folder, state)
     }
 
+    /// A world of the manager of this name, whose registry is at a URL.
+    pub(crate) fn sharing(name: &'static str, url: &str) -> Arc<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join("m");
+        Self::made(folder, state, Some((name, url.to_owned())))
+    }
+
     /// A world whose manager keeps its state in this folder.
     pub(crate) fn at(folder: TempDir, state: std::path::PathBuf) -> Arc<Self> {
+        Self::made(folder, state, None)
+    }
+
+    fn made(folder: TempDir, state: std::path::PathBuf, shared: Option<(&'static str, String)>) -> Arc<Self> {
         if std::env::var_os("OUTRIDER_TEST_LOG").is_some() {
             drop(
                 tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_test_writer().try_init(),
@@ -152,6 +165,7 @@ impl World {
         let world = Arc::new(Self {
             _folder: folder,
             state,
+            shared,
             physical: Arc::default(),
             hosts_port: Arc::default(),
             manager: Mutex::new(None),
@@ -164,8 +178,16 @@ impl World {
         self.state.clone()
     }
 
+    fn config(&self) -> Config {
+        let mut config = config(&self.state());
+        if let Some((name, url)) = &self.shared {
+            (config.name, config.registry) = (name.parse().unwrap(), Some(url.parse().unwrap()));
+        }
+        config
+    }
+
     pub(crate) fn start(&self) {
-        let (process, running) = launch(&config(&self.state())).unwrap();
+        let (process, running) = launch(&self.config()).unwrap();
         *self.hosts_port.lock().unwrap() = Some(running.hosts);
         *self.manager.lock().unwrap() = Some(process);
     }
@@ -186,6 +208,13 @@ impl World {
         let mut process = self.manager.lock().unwrap().take().unwrap();
         process.end.take().unwrap().send(()).unwrap();
         process.thread.take().unwrap().join().unwrap()
+    }
+
+    /// Waits until the manager ends by itself.
+    pub(crate) fn wait(&self) -> Result<(), Problem> {
+        let process = self.manager.lock().unwrap().take().unwrap();
+        let (_kill, _end) = (process.kill, process.end);
+        process.thread.unwrap().join().unwrap()
     }
 
     pub(crate) fn token(&self) -> String {
