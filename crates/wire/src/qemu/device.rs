@@ -24,6 +24,8 @@ const MAX_JSON_DEPTH: usize = 64;
 /// End mark, type byte and length before the description.
 const DESCRIPTION_HEADER_BYTES: usize = 6;
 const FOOTER_BYTES: usize = 5;
+/// The list's end, the IP id, and the DHCP leases.
+const SLIRP_WITHOUT_SOCKETS_BYTES: usize = 1 + 2 + 16 * 8;
 
 /// One device section.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,7 +131,9 @@ fn described_length(fields: &[DescribedField], subsections: &[DescribedSubsectio
 /// The length of the few sections whose layout is known without a catalogue.
 ///
 /// `timer` is three 64-bit integers; its id is 0, whose footer is a common pattern in other devices' state. The
-/// TPM emulator's state is three blobs, each behind its own size, and full of arbitrary bytes.
+/// TPM emulator's state is three blobs, each behind its own size, and full of arbitrary bytes. `slirp`, whose id is
+/// small as well, is a list of guest-forwarded sockets, which ends with a zero byte, then 16-bit and 16 entries of 8
+/// bytes (version 4 of libslirp's state); with a socket in the list its length is not told.
 #[must_use]
 pub fn fixed_length(section: &SectionStart<'_>, blob: &[u8]) -> Option<usize> {
     match (section.name, section.version) {
@@ -139,6 +143,7 @@ pub fn fixed_length(section: &SectionStart<'_>, blob: &[u8]) -> Option<usize> {
             let state = blob.get(section.payload..section.limit).unwrap_or_default();
             Some(tpm_emulator_length(state).unwrap_or(usize::MAX))
         }
+        ("slirp", 4) if blob.get(section.payload) == Some(&0) => Some(SLIRP_WITHOUT_SOCKETS_BYTES),
         _ => None,
     }
 }
@@ -509,5 +514,49 @@ impl<'a> DeviceState<'a> {
         }
         reader.unique_cuts(&sections)?;
         Ok(Self { sections, end_mark })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const SLIRP_ID: u32 = 1;
+
+    fn section(id: u32, name: &str, version: u32, state: &[u8]) -> Vec<u8> {
+        let (id, length) = (id.to_be_bytes(), u8::try_from(name.len()).unwrap());
+        let version = version.to_be_bytes();
+        let header = [&[SECTION_FULL][..], &id, &[length], name.as_bytes(), &[0; 4], &version].concat();
+        [&header[..], state, &[FOOTER], &id].concat()
+    }
+
+    /// A device state of slirp and of another section, whose bytes look like slirp's footer.
+    fn judged(slirp: &[u8]) -> Result<Vec<usize>, &'static str> {
+        let other = [&[0, FOOTER][..], &SLIRP_ID.to_be_bytes(), &[SECTION_FULL]].concat();
+        let device = |name: &str, version: u32, size: usize| {
+            let field = serde_json::json!({"size": size});
+            serde_json::json!({"name": name, "instance_id": 0, "version": version, "fields": [field]})
+        };
+        let devices = [device("slirp", 4, slirp.len()), device("other", 1, other.len())];
+        let text = serde_json::json!({"page_size": 4096, "devices": devices}).to_string();
+        let length = u32::try_from(text.len()).unwrap().to_be_bytes();
+        let end = [&[SECTION_EOF, VM_DESCRIPTION][..], &length, text.as_bytes()].concat();
+        let blob = [section(SLIRP_ID, "slirp", 4, slirp), section(9, "other", 1, &other), end].concat();
+        let state = DeviceState::read(&blob, 0, 2, 4096).map_err(|violation| violation.rule)?;
+        Ok(state.sections.iter().map(|s| s.payload.len()).collect())
+    }
+
+    #[test]
+    fn a_chance_footer_of_slirp_elsewhere_is_none_while_its_length_is_known() {
+        let without = vec![0; SLIRP_WITHOUT_SOCKETS_BYTES];
+        assert_eq!(judged(&without), Ok(vec![131, 7]));
+        // One socket: then nothing but the cut tells where it ends, and there are two.
+        let mut with = without.clone();
+        with[0] = 42;
+        assert_eq!(judged(&with), Err("INV-D3"));
+        // QEMU reads 131 bytes, whatever is described.
+        assert_eq!(judged(&without[..130]), Err("INV-D2"));
+        assert_eq!(judged(&[&without[..], &[0]].concat()), Err("INV-D2"));
     }
 }
