@@ -29,6 +29,7 @@ mod policy;
 mod vms;
 
 pub use config::{Budgets, Config};
+pub use policy::table as policy_table;
 
 use crate::anchor::Anchor;
 use crate::authority::{Authority, StateFolder, admin_token, token_hash};

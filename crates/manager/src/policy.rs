@@ -1,11 +1,14 @@
 //! Authorisation: Cedar policies, default deny. A decision is a value: [`Allowed`] or a [`Problem`] that says why.
 
+pub mod table;
+
 use cedar_policy::{
-    Authorizer, Context, Decision, Entities, Entity, EntityUid, PolicyId, PolicySet, Request,
+    Authorizer, Context, Decision, Effect, Entities, Entity, EntityUid, PolicyId, PolicySet, Request,
     RestrictedExpression, Schema, ValidationMode, Validator,
 };
 use std::collections::HashSet;
 use std::path::Path;
+use table::PolicyView;
 use types::{ErrorCode, HostName, Problem, vm::VmSpec};
 
 const SCHEMA: &str = include_str!("../policy/schema.cedarschema");
@@ -42,6 +45,25 @@ pub(crate) enum Action {
 }
 
 impl Action {
+    const ALL: [Self; 7] = [
+        Self::DefineVm,
+        Self::StartVm,
+        Self::StopVm,
+        Self::AddHost,
+        Self::ControlMigration,
+        Self::View,
+        Self::Audit,
+    ];
+
+    fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|action| action.as_str() == name)
+    }
+
+    /// All names, for people.
+    fn names() -> String {
+        Self::ALL.map(Self::as_str).join(", ")
+    }
+
     const fn as_str(self) -> &'static str {
         match self {
             Self::DefineVm => "define-vm",
@@ -73,6 +95,26 @@ pub(crate) struct HostFacts {
 pub(crate) struct Allowed {
     /// Ids of the deciding policies.
     pub(crate) by: Vec<String>,
+}
+
+/// What the policies decided, and which of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// Whether it is permitted.
+    pub(crate) allow: bool,
+    /// Ids of the deciding policies; none when the default denied.
+    pub(crate) by: Vec<String>,
+    /// Why it was denied.
+    pub(crate) reason: Option<String>,
+}
+
+impl Verdict {
+    fn into_result(self) -> Result<Allowed, Problem> {
+        match self.reason {
+            None if self.allow => Ok(Allowed { by: self.by }),
+            reason => Err(Problem::new(ErrorCode::PolicyDenied, reason.unwrap_or_default())),
+        }
+    }
 }
 
 /// A loaded, strictly validated policy set.
@@ -159,12 +201,15 @@ impl Policy {
     /// # Errors
     /// `forbidden`.
     pub(crate) fn fleet(&self, who: &Principal, action: Action) -> Result<Allowed, Problem> {
-        let entities = vec![operator(who)?, Entity::new_no_attrs(uid("Fleet", "fleet")?, HashSet::new())];
-        let context = Context::empty();
-        self.decide(who, action.as_str(), uid("Fleet", "fleet")?, context, entities).map_err(|mut problem| {
+        self.verdict_of_fleet(who, action).and_then(Verdict::into_result).map_err(|mut problem| {
             problem.code = ErrorCode::Forbidden;
             problem
         })
+    }
+
+    fn verdict_of_fleet(&self, who: &Principal, action: Action) -> Result<Verdict, Problem> {
+        let entities = vec![operator(who)?, Entity::new_no_attrs(uid("Fleet", "fleet")?, HashSet::new())];
+        self.decide(who, action.as_str(), uid("Fleet", "fleet")?, Context::empty(), entities)
     }
 
     /// Whether `who` may move `vm` from `source` to `target`.
@@ -178,6 +223,16 @@ impl Policy {
         source: &HostFacts,
         target: &HostFacts,
     ) -> Result<Allowed, Problem> {
+        self.verdict_of_move(who, vm, source, target)?.into_result()
+    }
+
+    fn verdict_of_move(
+        &self,
+        who: &Principal,
+        vm: &VmSpec,
+        source: &HostFacts,
+        target: &HostFacts,
+    ) -> Result<Verdict, Problem> {
         let tenant = uid("Tenant", vm.tenant.as_str())?;
         let resource = uid("Vm", &vm.uuid.to_string())?;
         let entities = vec![
@@ -202,7 +257,7 @@ impl Policy {
         resource: EntityUid,
         context: Context,
         entities: Vec<Entity>,
-    ) -> Result<Allowed, Problem> {
+    ) -> Result<Verdict, Problem> {
         let principal = uid("Operator", &who.name)?;
         let request = Request::new(principal, uid("Action", action)?, resource, context, Some(&self.schema))
             .map_err(|e| defect("request", e))?;
@@ -215,23 +270,33 @@ impl Policy {
         if let Some(error) = response.diagnostics().errors().next() {
             return Err(defect("a policy failed", error));
         }
-        match response.decision() {
-            Decision::Allow => Ok(Allowed { by }),
-            Decision::Deny => Err(self.denial(who, action, &by)),
-        }
+        let allow = response.decision() == Decision::Allow;
+        let reason = (!allow).then(|| self.denial(who, action, &by));
+        Ok(Verdict { allow, by, reason })
     }
 
-    fn denial(&self, who: &Principal, action: &str, by: &[String]) -> Problem {
+    fn denial(&self, who: &Principal, action: &str, by: &[String]) -> String {
         let Some(id) = by.first() else {
-            let detail = format!(
+            return format!(
                 "no policy permits {} (role {}) to {action}, and denial is the default",
                 who.name, who.role
             );
-            return Problem::new(ErrorCode::PolicyDenied, detail);
         };
         let policy = self.policies.policy(&PolicyId::new(id));
         let reason = policy.and_then(|p| p.annotation("reason")).unwrap_or("it forbids this");
-        Problem::new(ErrorCode::PolicyDenied, format!("policy {id:?} denies {action}: {reason}"))
+        format!("policy {id:?} denies {action}: {reason}")
+    }
+
+    /// Every policy, by id.
+    fn list(&self) -> Vec<PolicyView> {
+        let view = |policy: &cedar_policy::Policy| PolicyView {
+            id: policy.id().to_string(),
+            effect: if policy.effect() == Effect::Permit { "permit" } else { "forbid" },
+            reason: policy.annotation("reason").map(str::to_owned),
+        };
+        let mut all: Vec<_> = self.policies.policies().map(view).collect();
+        all.sort_by(|a, b| a.id.cmp(&b.id));
+        all
     }
 }
 

@@ -10,7 +10,7 @@ use types::{HostName, Name};
 const EXIT_CODES: &str = "\
 Exit codes:
   0    done
-  1    a check answered no (inspect, audit verify, doctor)
+  1    a check answered no (inspect, audit verify, policy test, doctor)
   2    usage: bad argument, bad file, unknown name
   3    refused: authentication, policy, load, limit
   4    failed
@@ -62,6 +62,9 @@ pub(crate) enum Command {
     /// Read and verify the audit log
     #[command(subcommand)]
     Audit(AuditCommand),
+    /// Check policies, and test them with a table of expectations
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// Judge a recorded migration stream as a target would; exit code 1 when it is rejected
     Inspect(Inspect),
     /// Check whether this machine is ready, and say what to do where it is not
@@ -439,6 +442,31 @@ pub(crate) struct ShowMigration {
     pub(crate) id: String,
     #[command(flatten)]
     pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PolicyCommand {
+    /// Load a folder of policies as the manager does, and list them
+    Check(CheckPolicy),
+    /// Ask every case of a table; exit code 1 when one comes out otherwise than expected
+    Test(TestPolicy),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckPolicy {
+    /// Folder of *.cedar files [default: the built-in policies]
+    #[arg(value_name = "FOLDER")]
+    pub(crate) folder: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TestPolicy {
+    /// Table of hosts, VMs and cases (TOML; `-` for standard input)
+    #[arg(value_name = "TABLE")]
+    pub(crate) table: PathBuf,
+    /// Folder of *.cedar files [default: the built-in policies]
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) policy: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -5,6 +5,7 @@ mod daemon;
 mod host;
 mod migrate;
 mod migration;
+mod policy;
 mod vm;
 
 use crate::args::{Cli, Command, HostCommand, ManagerCommand};
@@ -39,6 +40,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Migrate(args) => ask(migrate::run(args, format)),
         Command::Migration(command) => ask(migration::run(command, format)),
         Command::Audit(command) => ask(audit::run(command, format)),
+        Command::Policy(command) => policy::run(&command, format),
         Command::Inspect(args) => crate::inspect::run(&args, format),
         Command::Doctor(args) => ask(doctor::run(args, format)),
         Command::Completions { shell } => {

@@ -4,6 +4,7 @@ pub(crate) mod failure;
 pub(crate) mod inspection;
 pub(crate) mod layout;
 pub(crate) mod lists;
+pub(crate) mod policies;
 pub(crate) mod progress;
 pub(crate) mod report;
 #[cfg(test)]
