@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use types::host::{Capacity, HostSpec, HostState, Interface, Load};
 use types::inventory::{Enrolment, Inventory};
 use types::vm::{VmSpec, VmState};
-use types::{HostName, MigrationId, Name, Nonce};
+use types::{ErrorCode, HostName, MigrationId, Name, Nonce};
 
 /// `POST /v1/hosts` answers so: the only time that the token is shown.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -122,6 +122,47 @@ pub struct Migrate {
 pub struct MigrateAccepted {
     /// Follow it at `/v1/migrations/{id}`.
     pub id: MigrationId,
+}
+
+/// `POST /v1/migrations/explain` takes what `POST /v1/migrations` takes, writes nothing (the nonce is not used up), and
+/// answers with this.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Explanation {
+    /// Whether every gate would let it pass now.
+    pub allowed: bool,
+    /// The VM.
+    pub vm: Name,
+    /// Host that holds it, when that is known.
+    pub source: Option<HostName>,
+    /// Where to.
+    pub target: HostName,
+    /// In the order in which they are asked.
+    pub gates: Vec<Gate>,
+}
+
+/// One gate of a decision.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Gate {
+    /// Its name.
+    pub name: String,
+    /// What it said.
+    pub outcome: GateOutcome,
+    /// Why it refused.
+    pub code: Option<ErrorCode>,
+    /// In words.
+    pub detail: String,
+}
+
+/// What a gate said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GateOutcome {
+    /// It lets the migration pass.
+    Passed,
+    /// It does not.
+    Refused,
+    /// It could not be asked, since an earlier one refused.
+    NotAsked,
 }
 
 /// `GET /v1/audit/verify`.

@@ -331,7 +331,7 @@ pub(crate) async fn inspect(manager: &Manager, name: &Name) -> Result<VmInspecti
 }
 
 /// The catalogue, and how the VM's devices differ from its spec.
-async fn catalogue_of(
+pub(crate) async fn catalogue_of(
     manager: &Manager,
     host: &HostName,
     vm: VmId,

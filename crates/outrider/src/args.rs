@@ -347,6 +347,9 @@ pub(crate) struct Migrate {
     /// Compress the memory on those channels
     #[arg(long, value_name = "METHOD", requires = "channels")]
     pub(crate) compression: Option<Compression>,
+    /// Ask every gate and say what each answers; nothing is moved
+    #[arg(long, conflicts_with = "detach")]
+    pub(crate) dry_run: bool,
     /// Print the migration's id and do not wait
     #[arg(long)]
     pub(crate) detach: bool,

@@ -2,11 +2,12 @@
 
 use super::problem::{Body, Failure};
 use super::{App, Caller};
-use crate::migration::{control, handover, request, view};
+use crate::migration::{control, explain, handover, request, view};
 use crate::policy::Action;
 use crate::{clock, hosts, vms};
 use api::http::{
-    AuditEntry, AuditVerified, HostAdded, HostView, Migrate, MigrateAccepted, StartVm, VmInspection, VmView,
+    AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted, StartVm,
+    VmInspection, VmView,
 };
 use axum::Json;
 use axum::extract::{Path, Query, State};
@@ -162,6 +163,15 @@ pub(super) async fn migrate(
 ) -> Result<(StatusCode, Json<MigrateAccepted>), Failure> {
     let id = request::accept(&app.manager, &caller, &order).await?;
     Ok((StatusCode::ACCEPTED, Json(MigrateAccepted { id })))
+}
+
+pub(super) async fn explain(
+    State(app): State<App>,
+    caller: Caller,
+    Body(order): Body<Migrate>,
+) -> Answer<Explanation> {
+    caller.may(&app, Action::View)?;
+    Ok(Json(explain::explain(&app.manager, &caller, &order).await?))
 }
 
 pub(super) async fn migrations(State(app): State<App>, caller: Caller) -> Answer<Vec<MigrationView>> {

@@ -50,6 +50,7 @@ pub(crate) fn router(manager: Arc<Manager>) -> Router {
         .route("/v1/vms/{name}/start", post(handlers::start_vm))
         .route("/v1/vms/{name}/stop", post(handlers::stop_vm))
         .route("/v1/migrations", get(handlers::migrations).post(handlers::migrate))
+        .route("/v1/migrations/explain", post(handlers::explain))
         .route("/v1/migrations/{id}", get(handlers::migration))
         .route("/v1/migrations/{id}/suspend", post(handlers::suspend))
         .route("/v1/migrations/{id}/resume", post(handlers::resume))

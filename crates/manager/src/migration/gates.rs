@@ -68,14 +68,14 @@ pub(crate) async fn requested(
 }
 
 /// What a decision rests on.
-struct Grounds {
-    vm: VmRow,
-    source: HostRow,
-    target: HostRow,
+pub(crate) struct Grounds {
+    pub(crate) vm: VmRow,
+    pub(crate) source: HostRow,
+    pub(crate) target: HostRow,
 }
 
 impl Grounds {
-    async fn read(tx: &mut Tx, row: &MigrationRow) -> Result<Self, Problem> {
+    pub(crate) async fn read(tx: &mut Tx, row: &MigrationRow) -> Result<Self, Problem> {
         let vm = tx.vm(row.vm).await?.ok_or_else(|| request::unknown_vm(&row.vm_name))?;
         let source = request::require_host(tx, &row.source).await?;
         let target = request::require_host(tx, &row.target).await?;
@@ -123,7 +123,7 @@ pub(crate) async fn decide(manager: &Arc<Manager>, row: &MigrationRow) -> Result
 }
 
 /// The session of a host, checked against its record once more: identity by its certificate, address and MACs.
-fn live(manager: &Manager, host: &HostRow) -> Result<Arc<Session>, Problem> {
+pub(crate) fn live(manager: &Manager, host: &HostRow) -> Result<Arc<Session>, Problem> {
     let session = manager.fleet.require(host.name())?;
     matches_record(host, session.address, &session.interfaces)?;
     Ok(session)
@@ -157,7 +157,7 @@ pub(crate) fn matches_record(
     Ok(())
 }
 
-fn authorise(manager: &Manager, facts: &Facts, grounds: &Grounds) -> Result<Vec<String>, Problem> {
+pub(crate) fn authorise(manager: &Manager, facts: &Facts, grounds: &Grounds) -> Result<Vec<String>, Problem> {
     let who = Principal { name: facts.principal.clone(), role: facts.role.clone() };
     let host = |row: &HostRow| HostFacts {
         name: row.name().clone(),
@@ -169,7 +169,7 @@ fn authorise(manager: &Manager, facts: &Facts, grounds: &Grounds) -> Result<Vec<
     Ok(manager.policy.migrate(&who, &grounds.vm.spec, &source, &target)?.by)
 }
 
-async fn measured(target: &Session) -> Result<Load, Problem> {
+pub(crate) async fn measured(target: &Session) -> Result<Load, Problem> {
     match target.order(to_host::Body::QueryLoad(QueryLoad {}), LOAD_LIMIT).await? {
         reply::Result::Load(reply) => {
             let load: Load = serde_json::from_str(&reply.load_json).map_err(|e| {
@@ -197,12 +197,17 @@ pub(crate) fn unexpected(host: &HostName, order: &str, reply: &reply::Result) ->
     Problem::new(ErrorCode::Internal, format!("host {host} answered {order} with {kind:?}"))
 }
 
-async fn promised_on(tx: &mut Tx, row: &MigrationRow) -> Result<Promised, Problem> {
+pub(crate) async fn promised_on(tx: &mut Tx, row: &MigrationRow) -> Result<Promised, Problem> {
     let totals = tx.promised_on(&row.target).await?;
     Ok(Promised { memory_bytes: totals.memory_bytes, vcpus: totals.vcpus, vms: totals.vms })
 }
 
-fn admit(manager: &Manager, grounds: &Grounds, promised: Promised, load: &Load) -> Result<(), Problem> {
+pub(crate) fn admit(
+    manager: &Manager,
+    grounds: &Grounds,
+    promised: Promised,
+    load: &Load,
+) -> Result<(), Problem> {
     let demand = Demand { memory_bytes: grounds.vm.spec.memory_bytes, vcpus: grounds.vm.spec.vcpus };
     let head_room = HeadRoom {
         memory_percent: manager.config.head_room_memory_percent,

@@ -7,11 +7,13 @@
 //! | `reconcile` | one task per open migration: from the row, the next act; wake-ups carry no data |
 //! | `handover` | statements and wishes through `engine::handover::decider`, each in one transaction |
 //! | `events` | what hosts tell of a migration: facts, metrics, the watch |
+//! | `explain` | every gate asked, nothing moved |
 //! | `control` | suspend, resume, terminate |
 //! | `view` | the row as people see it |
 
 pub(crate) mod control;
 pub(crate) mod events;
+pub(crate) mod explain;
 mod facts;
 pub(crate) mod gates;
 pub(crate) mod handover;

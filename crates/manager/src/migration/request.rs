@@ -78,7 +78,7 @@ pub(crate) fn fresh(timestamp_unix_ms: u64) -> Result<(), Problem> {
 ///
 /// # Errors
 /// `limit-reached` for more channels than allowed, `bad-request` for what makes no sense.
-fn features(config: &Config, request: &Migrate) -> Result<StreamFeatures, Problem> {
+pub(crate) fn features(config: &Config, request: &Migrate) -> Result<StreamFeatures, Problem> {
     let features = StreamFeatures {
         multifd_channels: request.channels.unwrap_or(config.multifd_channels),
         compression: request.compression.clone().unwrap_or_default(),
@@ -107,7 +107,7 @@ fn in_flight(error: RegistryError, row: &MigrationRow) -> Problem {
     }
 }
 
-async fn gates(
+pub(crate) async fn gates(
     manager: &Manager,
     tx: &mut Tx,
     request: &Migrate,
@@ -196,7 +196,7 @@ async fn record_refusal(
     Ok(tx.add_migration(&row).await?)
 }
 
-fn intent(
+pub(crate) fn intent(
     caller: &Caller,
     vm: &VmRow,
     (source, target): (HostName, HostName),

@@ -50,6 +50,8 @@ pub(crate) struct Manners {
     pub(crate) mumbles: bool,
     /// Measured memory.
     pub(crate) available_bytes: u64,
+    /// What was plugged into its VMs.
+    pub(crate) plugged: Vec<String>,
 }
 
 impl Default for Manners {
@@ -63,6 +65,7 @@ impl Default for Manners {
             delays: Vec::new(),
             mumbles: false,
             available_bytes: 2 << 30,
+            plugged: Vec::new(),
         }
     }
 }
@@ -405,7 +408,10 @@ impl FakeHost {
             B::InspectVm(_) => {
                 let catalogue = json!({ "hypervisor": "qemu/10.0.2", "machine": "pc-q35-10.0", "layouts": [], "sections": [] });
                 let catalogue_json = catalogue.to_string();
-                Outcome::Inspected(Inspected { catalogue_json, differences: vec![] })
+                Outcome::Inspected(Inspected {
+                    catalogue_json,
+                    differences: self.manners.lock().unwrap().plugged.clone(),
+                })
             }
             B::StopVm(order) => {
                 let vm: VmId = order.vm.parse().unwrap();

@@ -1,5 +1,6 @@
 //! What the operators' port lets in, and how it says no.
 
+use crate::fake_host::{FakeHost, Manners};
 use crate::world::{World, config, host_spec, intent, now_ms, try_run, vm_spec};
 use hyper::StatusCode;
 use serde_json::{Value, json};
@@ -105,6 +106,64 @@ async fn each_gate_of_a_request_has_its_own_code() {
         a.seen.lock().unwrap().iter().all(|order| *order != "intent"),
         "nothing was sent for any of them"
     );
+}
+
+/// What each gate says of a request, as `name answer code`, and whether it would be allowed.
+async fn explained(world: &World, body: &Value) -> (bool, Vec<String>) {
+    let answer = world.ok("/v1/migrations/explain", body).await;
+    let gates = answer["gates"].as_array().unwrap().iter();
+    let text = |gate: &Value, key: &str| gate[key].as_str().unwrap_or_default().to_owned();
+    let gates = gates.map(|g| format!("{} {} {}", text(g, "name"), text(g, "outcome"), text(g, "code")));
+    (answer["allowed"].as_bool().unwrap(), gates.map(|gate| gate.trim_end().to_owned()).collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
+    const GATES: [&str; 8] =
+        ["stream", "request", "source-identity", "target-identity", "policy", "devices", "load", "capacity"];
+    let world = World::new();
+    let (a, b) = (world.host("host-a").await, world.host("host-b").await);
+    world.ok("/v1/hosts", &host_spec("host-c")).await;
+    world.vm("vm", 1, "host-a").await;
+    let audit = world.get("/v1/audit").await.as_array().unwrap().len();
+    let all = |answer: &str| GATES.map(|gate| format!("{gate} {answer}")).to_vec();
+    let body = intent("vm", "host-b");
+    assert_eq!(explained(&world, &body).await, (true, all("passed")));
+    // Every later gate still answers when one refuses that they do not need.
+    a.manners.lock().unwrap().plugged = vec!["virtio-rng-pci was plugged in".to_owned()];
+    b.manners.lock().unwrap().available_bytes = 1 << 20;
+    let (allowed, gates) = explained(&world, &body).await;
+    assert!(!allowed);
+    assert_eq!(gates[5], "devices refused devices-differ");
+    assert_eq!(gates[6..], ["load passed", "capacity refused insufficient-capacity"]);
+    b.manners.lock().unwrap().refuses = vec![("query-load", "internal")];
+    let (_, gates) = explained(&world, &body).await;
+    assert_eq!(gates[6..], ["load refused internal", "capacity not-asked"]);
+    for (vm, target, code) in [
+        ("nothing", "host-b", "unknown-vm"),
+        ("vm", "host-a", "target-is-source"),
+        ("vm", "host-c", "host-unreachable"),
+    ] {
+        let (allowed, gates) = explained(&world, &intent(vm, target)).await;
+        assert!(!allowed);
+        assert_eq!(gates[..2], ["stream passed".to_owned(), format!("request refused {code}")]);
+        assert!(gates[2..].iter().all(|gate| gate.ends_with(" not-asked")), "{gates:?}");
+    }
+    let mut many = body.clone();
+    many["channels"] = json!(999);
+    assert_eq!(explained(&world, &many).await.1[0], "stream refused limit-reached");
+    let mut unknown = body.clone();
+    unknown["force"] = json!(true);
+    assert_eq!(world.post("/v1/migrations/explain", &unknown).await.code(), "bad-request");
+    // Nothing was recorded, spawned or used up.
+    assert_eq!(world.get("/v1/migrations").await, json!([]));
+    assert_eq!(world.get("/v1/audit").await.as_array().unwrap().len(), audit);
+    let agents = |host: &FakeHost| host.seen.lock().unwrap().iter().filter(|o| **o == "spawn-agent").count();
+    assert_eq!((agents(&a), agents(&b)), (0, 0));
+    *a.manners.lock().unwrap() = Manners::default();
+    *b.manners.lock().unwrap() = Manners::default();
+    let id = world.ok("/v1/migrations", &body).await["id"].as_str().unwrap().to_owned();
+    assert_eq!(world.ended(&id).await["state"], "completed");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,7 +2,8 @@
 
 use super::{Client, ClientError, EventStream, INSPECT_LIMIT, REQUEST_LIMIT, VM_LIMIT};
 use api::http::{
-    AuditEntry, AuditVerified, HostAdded, HostView, Migrate, MigrateAccepted, StartVm, VmInspection, VmView,
+    AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted, StartVm,
+    VmInspection, VmView,
 };
 use std::collections::VecDeque;
 use types::host::HostSpec;
@@ -84,6 +85,11 @@ impl Client {
     /// Asks for a migration.
     pub(crate) async fn migrate(&self, intent: &Migrate) -> Result<MigrateAccepted, ClientError> {
         self.post("/v1/migrations", intent, REQUEST_LIMIT).await
+    }
+
+    /// Has every gate asked, without moving anything.
+    pub(crate) async fn explain(&self, intent: &Migrate) -> Result<Explanation, ClientError> {
+        self.post("/v1/migrations/explain", intent, INSPECT_LIMIT).await
     }
 
     /// Every migration that the manager remembers.

@@ -3,7 +3,7 @@
 use super::{DETACHED, DONE, Outcome, now};
 use crate::args::{Format, Migrate};
 use crate::client::{Client, ClientError};
-use crate::output::{self, progress::Progress, report};
+use crate::output::{self, gates, progress::Progress, report};
 use crate::watch::{Followed, follow};
 use api::http::{Migrate as Intent, MigrateAccepted};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,6 +11,11 @@ use types::{MigrationId, Nonce};
 
 pub(super) async fn run(args: Migrate, format: Format) -> Outcome {
     let client = Client::new(&args.connection)?;
+    if args.dry_run {
+        let explanation = client.explain(&intent(&args)?).await?;
+        output::print(format, &explanation, gates::explanation);
+        return Ok(gates::exit_code(&explanation));
+    }
     let asked = client.migrate(&intent(&args)?).await;
     if asked.as_ref().is_err_and(ClientError::may_have_arrived) {
         output::note(&format!("It may have been accepted: outrider migration list --vm {}", args.vm));

@@ -1,6 +1,7 @@
 //! What people and scripts see. Renderers are pure: records and a width in, text out.
 
 pub(crate) mod failure;
+pub(crate) mod gates;
 pub(crate) mod inspection;
 pub(crate) mod layout;
 pub(crate) mod lists;
