@@ -86,6 +86,43 @@ pub struct VmInspection {
     pub differences: Vec<String>,
 }
 
+/// `POST /v1/tokens`: a token for an operator or a program.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddToken {
+    /// Whose; every act is attributed to it.
+    pub name: Name,
+    /// Role, for policy: `admin`, `operator`, `auditor`, `viewer`, or one of the manager's own policies.
+    pub role: Name,
+    /// Days after which it opens nothing, 1 to 3650.
+    pub expires_in_days: u32,
+}
+
+/// A token, without what opens anything.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TokenView {
+    /// Whose.
+    pub name: String,
+    /// Role.
+    pub role: String,
+    /// RFC 3339; none for a manager's own.
+    pub expires_at: Option<String>,
+    /// Whether that is past.
+    pub expired: bool,
+}
+
+/// The answer to `POST /v1/tokens`.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct TokenAdded {
+    /// What was made.
+    #[serde(flatten)]
+    pub token_view: TokenView,
+    /// What its role may do on the fleet. Migrations are judged one by one.
+    pub may: Vec<String>,
+    /// The token. Shown this once.
+    pub token: String,
+}
+
 /// `POST /v1/vms/{name}/start`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

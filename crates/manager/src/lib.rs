@@ -7,7 +7,7 @@
 //! | `policy` | Cedar, default deny |
 //! | `http` | operators: HTTPS, JSON, events |
 //! | `fleet` | hosts: join, attach, sessions |
-//! | `hosts`, `vms` | records |
+//! | `hosts`, `vms`, `tokens` | records |
 //! | `leases` | which of several managers works on which migration |
 //! | `migration` | from request to report; one reconciler per open migration |
 //!
@@ -26,6 +26,7 @@ mod http;
 mod leases;
 mod migration;
 mod policy;
+mod tokens;
 mod vms;
 
 pub use config::{Budgets, Config};

@@ -36,6 +36,8 @@ pub(crate) enum Action {
     StopVm,
     /// Enrol a host.
     AddHost,
+    /// Make, list and revoke operators' tokens.
+    ManageTokens,
     /// Suspend, resume or terminate a migration.
     ControlMigration,
     /// Look at hosts, VMs and migrations.
@@ -45,11 +47,12 @@ pub(crate) enum Action {
 }
 
 impl Action {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::DefineVm,
         Self::StartVm,
         Self::StopVm,
         Self::AddHost,
+        Self::ManageTokens,
         Self::ControlMigration,
         Self::View,
         Self::Audit,
@@ -70,6 +73,7 @@ impl Action {
             Self::StartVm => "start-vm",
             Self::StopVm => "stop-vm",
             Self::AddHost => "add-host",
+            Self::ManageTokens => "manage-tokens",
             Self::ControlMigration => "control-migration",
             Self::View => "view",
             Self::Audit => "audit",
@@ -205,6 +209,12 @@ impl Policy {
             problem.code = ErrorCode::Forbidden;
             problem
         })
+    }
+
+    /// What a role may do on the fleet, for people.
+    pub(crate) fn fleet_actions(&self, who: &Principal) -> Vec<String> {
+        let may = |action: &Action| self.fleet(who, *action).is_ok();
+        Action::ALL.into_iter().filter(may).map(|action| action.as_str().to_owned()).collect()
     }
 
     fn verdict_of_fleet(&self, who: &Principal, action: Action) -> Result<Verdict, Problem> {
@@ -396,6 +406,9 @@ mod tests {
         for (role, action, expect) in [
             ("admin", Action::AddHost, true),
             ("operator", Action::AddHost, false),
+            ("admin", Action::ManageTokens, true),
+            ("operator", Action::ManageTokens, false),
+            ("auditor", Action::ManageTokens, false),
             ("operator", Action::StartVm, true),
             ("viewer", Action::StartVm, false),
             ("viewer", Action::View, true),

@@ -62,6 +62,9 @@ pub(crate) enum Command {
     /// Read and verify the audit log
     #[command(subcommand)]
     Audit(AuditCommand),
+    /// Make, list and revoke operators' tokens
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// Check policies, and test them with a table of expectations
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -443,6 +446,44 @@ pub(crate) struct ResolveMigration {
 pub(crate) struct ShowMigration {
     /// The migration
     pub(crate) id: String,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenCommand {
+    /// Make a token for a person or a program; it is shown once
+    Add(AddToken),
+    /// List tokens: whose, which role, until when
+    List(ListTokens),
+    /// Revoke a token: it opens nothing from then on
+    Revoke(RevokeToken),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddToken {
+    /// Whose; every act is attributed to this name
+    pub(crate) name: Name,
+    /// Role: admin, operator, auditor, viewer, or one of your own policies
+    #[arg(long, value_name = "ROLE")]
+    pub(crate) role: Name,
+    /// Days until it expires
+    #[arg(long, value_name = "N", default_value_t = 90)]
+    pub(crate) days: u32,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListTokens {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RevokeToken {
+    /// Whose
+    pub(crate) name: Name,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }

@@ -2,6 +2,7 @@
 
 use crate::error::RegistryError;
 use crate::tx::{Tx, column, parsed, plain};
+use sqlx::any::AnyRow;
 use types::HostName;
 
 /// A join token.
@@ -37,6 +38,16 @@ pub struct ApiToken {
     pub role: String,
     /// Microseconds since the Unix epoch.
     pub expires_at_us: Option<i64>,
+}
+
+impl ApiToken {
+    fn read(row: &AnyRow) -> Result<Self, RegistryError> {
+        Ok(Self {
+            name: column(row, "name")?,
+            role: column(row, "role")?,
+            expires_at_us: column(row, "expires_at_us")?,
+        })
+    }
 }
 
 impl Tx {
@@ -120,17 +131,30 @@ impl Tx {
         self.insert(|| format!("API token {}", token.name), query).await
     }
 
+    /// Every operator's token, by name.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn api_tokens(&mut self) -> Result<Vec<ApiToken>, RegistryError> {
+        let rows = self.all(sqlx::query("SELECT * FROM api_tokens ORDER BY name")).await?;
+        rows.iter().map(ApiToken::read).collect()
+    }
+
+    /// Forgets an operator's token; whether there was one.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn remove_api_token(&mut self, name: &str) -> Result<bool, RegistryError> {
+        let query = sqlx::query("DELETE FROM api_tokens WHERE name = $1").bind(plain(name));
+        Ok(self.execute(query).await? == 1)
+    }
+
     /// Whose token this is.
     ///
     /// # Errors
     /// Those of the database.
     pub async fn api_token(&mut self, hash: &[u8; 32]) -> Result<Option<ApiToken>, RegistryError> {
         let query = sqlx::query("SELECT * FROM api_tokens WHERE hash = $1").bind(hash.to_vec());
-        let Some(row) = self.optional(query).await? else { return Ok(None) };
-        Ok(Some(ApiToken {
-            name: column(&row, "name")?,
-            role: column(&row, "role")?,
-            expires_at_us: column(&row, "expires_at_us")?,
-        }))
+        self.optional(query).await?.as_ref().map(ApiToken::read).transpose()
     }
 }

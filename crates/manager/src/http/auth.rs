@@ -7,9 +7,11 @@ use crate::clock;
 use crate::policy::{Action, Principal};
 use axum::extract::{ConnectInfo, FromRequestParts};
 use axum::http::{header, request::Parts};
+use registry::ApiToken;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Mutex;
+use std::time::Duration;
 use types::{ErrorCode, Problem};
 
 /// Failures of one address before it has to wait.
@@ -18,6 +20,8 @@ const FAILURES_LIMIT: u32 = 10;
 const FAILURES_WINDOW_US: i64 = 60_000_000;
 /// Addresses that are remembered: an attacker with more of them gains nothing by being forgotten.
 const ADDRESSES_LIMIT: usize = 10_000;
+/// How often a long answer looks at whether its token still holds: two seconds are promised.
+const REVOCATION_POLL: Duration = Duration::from_secs(1);
 /// Tokens are 64 characters.
 const TOKEN_LIMIT_BYTES: usize = 512;
 
@@ -26,12 +30,27 @@ const TOKEN_LIMIT_BYTES: usize = 512;
 pub(crate) struct Caller {
     pub(crate) principal: Principal,
     pub(crate) address: IpAddr,
+    /// Hash of its token, which may be revoked while a long answer goes on.
+    token: [u8; 32],
 }
 
 impl Caller {
     /// As the audit log names it: who, and from where.
     pub(crate) fn audit_name(&self) -> String {
         format!("operator/{} from {}", self.principal.name, self.address)
+    }
+
+    /// Returns once its token opens nothing any more: revoked, expired, or of another role. While the registry can't be
+    /// asked nobody can say so, and nothing new is decided either.
+    pub(crate) async fn until_revoked(self, app: App) {
+        loop {
+            tokio::time::sleep(REVOCATION_POLL).await;
+            match valid(&app, &self.token).await {
+                Ok(Some(held)) if held.role == self.principal.role => {}
+                Ok(_) => return,
+                Err(problem) => tracing::debug!(%problem, "cannot look at a token"),
+            }
+        }
     }
 
     /// Demands that policy permits an action on the fleet.
@@ -108,11 +127,16 @@ async fn authenticate(parts: &Parts, app: &App, address: IpAddr) -> Result<Optio
     let Some(token) = token.filter(|t| !t.is_empty() && t.len() <= TOKEN_LIMIT_BYTES) else {
         return Ok(None);
     };
-    let held = app.manager.registry.read("authenticate").await?.api_token(&token_hash(token)).await?;
+    let token = token_hash(token);
+    let held = valid(app, &token).await?;
+    Ok(held.map(|t| Caller { principal: Principal { name: t.name, role: t.role }, address, token }))
+}
+
+/// The token, unless it is unknown, revoked or expired.
+async fn valid(app: &App, token: &[u8; 32]) -> Result<Option<ApiToken>, Problem> {
+    let held = app.manager.registry.read("authenticate").await?.api_token(token).await?;
     let now_us = clock::now_us();
-    Ok(held
-        .filter(|t| t.expires_at_us.is_none_or(|at| at > now_us))
-        .map(|t| Caller { principal: Principal { name: t.name, role: t.role }, address }))
+    Ok(held.filter(|t| t.expires_at_us.is_none_or(|at| at > now_us)))
 }
 
 #[cfg(test)]

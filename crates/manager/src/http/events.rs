@@ -25,7 +25,7 @@ pub(super) async fn all(
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Failure> {
     caller.may(&app, Action::View)?;
     let live = live(app.manager.feed.subscribe(), None);
-    Ok(serve(&app, live))
+    Ok(serve(&app, caller, live))
 }
 
 pub(super) async fn of_migration(
@@ -44,7 +44,7 @@ pub(super) async fn of_migration(
     let past = tx.events(id).await?;
     drop(tx);
     let told = past.into_iter().map(move |row| document(&past_event(id, row)));
-    Ok(serve(&app, stream::iter(told).chain(live(receiver, Some(id)))))
+    Ok(serve(&app, caller, stream::iter(told).chain(live(receiver, Some(id)))))
 }
 
 fn past_event(migration: MigrationId, row: EventRow) -> MigrationEvent {
@@ -55,12 +55,17 @@ fn past_event(migration: MigrationId, row: EventRow) -> MigrationEvent {
     MigrationEvent { migration, at: clock::rfc3339(row.at_us), kind: row.kind, detail }
 }
 
-fn serve<S>(app: &App, events: S) -> Sse<impl Stream<Item = Result<Event, Infallible>> + use<S>>
+fn serve<S>(
+    app: &App,
+    caller: Caller,
+    events: S,
+) -> Sse<impl Stream<Item = Result<Event, Infallible>> + use<S>>
 where
     S: Stream<Item = Event> + Send + 'static,
 {
     let end = app.manager.shutdown.clone().cancelled_owned();
-    let events = events.take_until(end).map(Ok);
+    let revoked = Box::pin(caller.until_revoked(app.clone()));
+    let events = events.take_until(futures::future::select(Box::pin(end), revoked)).map(Ok);
     Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
 }
 

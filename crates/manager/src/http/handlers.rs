@@ -4,10 +4,10 @@ use super::problem::{Body, Failure};
 use super::{App, Caller};
 use crate::migration::{control, explain, handover, request, view};
 use crate::policy::Action;
-use crate::{clock, hosts, vms};
+use crate::{clock, hosts, tokens, vms};
 use api::http::{
-    AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted, StartVm,
-    VmInspection, VmView,
+    AddToken, AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted, StartVm,
+    TokenAdded, TokenView, VmInspection, VmView,
 };
 use axum::Json;
 use axum::extract::{Path, Query, State};
@@ -96,6 +96,31 @@ pub(super) async fn add_host(
 ) -> Result<(StatusCode, Json<HostAdded>), Failure> {
     caller.may(&app, Action::AddHost)?;
     Ok((StatusCode::CREATED, Json(hosts::add(&app.manager, &caller, spec).await?)))
+}
+
+pub(super) async fn tokens(State(app): State<App>, caller: Caller) -> Answer<Vec<TokenView>> {
+    caller.may(&app, Action::ManageTokens)?;
+    Ok(Json(tokens::list(&app.manager).await?))
+}
+
+pub(super) async fn add_token(
+    State(app): State<App>,
+    caller: Caller,
+    Body(order): Body<AddToken>,
+) -> Result<(StatusCode, Json<TokenAdded>), Failure> {
+    caller.may(&app, Action::ManageTokens)?;
+    Ok((StatusCode::CREATED, Json(tokens::add(&app.manager, &caller, order).await?)))
+}
+
+pub(super) async fn revoke_token(
+    State(app): State<App>,
+    caller: Caller,
+    Path(name): Path<String>,
+) -> Answer<Vec<TokenView>> {
+    caller.may(&app, Action::ManageTokens)?;
+    let name = parsed(&name, ErrorCode::BadRequest)?;
+    tokens::revoke(&app.manager, &caller, &name).await?;
+    Ok(Json(tokens::list(&app.manager).await?))
 }
 
 pub(super) async fn vms(State(app): State<App>, caller: Caller) -> Answer<Vec<VmView>> {

@@ -44,6 +44,8 @@ pub(crate) fn router(manager: Arc<Manager>) -> Router {
         .route("/metrics", get(handlers::metrics))
         .route("/v1/hosts", get(handlers::hosts).post(handlers::add_host))
         .route("/v1/hosts/{name}", get(handlers::host))
+        .route("/v1/tokens", get(handlers::tokens).post(handlers::add_token))
+        .route("/v1/tokens/{name}/revoke", post(handlers::revoke_token))
         .route("/v1/vms", get(handlers::vms).post(handlers::define_vm))
         .route("/v1/vms/{name}", get(handlers::vm))
         .route("/v1/vms/{name}/inspection", get(handlers::inspect_vm))

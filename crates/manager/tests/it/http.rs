@@ -167,6 +167,57 @@ async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_shown_once_open_what_their_role_may_and_are_revoked() {
+    let world = World::new();
+    let add =
+        |name: &str, role: &str, days: u32| json!({ "name": name, "role": role, "expires_in_days": days });
+    let made = world.ok("/v1/tokens", &add("ann", "operator", 30)).await;
+    let token = made["token"].as_str().unwrap().to_owned();
+    assert_eq!(made["may"], json!(["define-vm", "start-vm", "stop-vm", "control-migration", "view"]));
+    let admin = world.token();
+    for (body, status, code) in [
+        (add("ann", "viewer", 30), 409, "already-exists"),
+        (add("bob", "viewer", 0), 400, "bad-request"),
+        (add("bob", "viewer", 3651), 400, "bad-request"),
+        (add("admin", "admin", 30), 400, "bad-request"),
+        (add("admin-m2", "viewer", 30), 400, "bad-request"),
+        (add("a\u{202e}b", "viewer", 30), 400, "bad-request"),
+        (add("b'; DROP TABLE vms; --", "viewer", 30), 400, "bad-request"),
+        (json!({ "name": "bob", "role": "viewer" }), 400, "bad-request"),
+    ] {
+        refused(&world, "POST", "/v1/tokens", &admin, &body.to_string(), status, code).await;
+    }
+    // It opens what its role may, and nothing else.
+    assert_eq!(world.request("GET", "/v1/vms", &token, "").await.status, StatusCode::OK);
+    let body = add("eve", "admin", 30).to_string();
+    refused(&world, "POST", "/v1/tokens", &token, &body, 403, "forbidden").await;
+    refused(&world, "GET", "/v1/tokens", &token, "", 403, "forbidden").await;
+    refused(&world, "POST", "/v1/tokens/ann/revoke", &token, "", 403, "forbidden").await;
+    let spec = vm_spec("vm", 1).to_string();
+    assert_eq!(world.request("POST", "/v1/vms", &token, &spec).await.status, StatusCode::CREATED);
+    let log = world.get("/v1/audit").await.to_string();
+    assert!(log.contains("operator/ann from "), "{log}");
+    // Neither it nor its hash is shown again, anywhere.
+    let shown = world.get("/v1/tokens").await.to_string();
+    assert!(shown.contains("ann") && !shown.contains("hash"), "{shown}");
+    assert!(!shown.contains(&token) && !log.contains(&token));
+    // It outlives the manager.
+    world.kill();
+    world.start();
+    assert_eq!(world.request("GET", "/v1/vms", &token, "").await.status, StatusCode::OK);
+    // Event streams that it opened end when it is revoked.
+    let (stream, _connection) = world.open_events("/v1/events", &token).await;
+    let left = world.ok("/v1/tokens/ann/revoke", &json!({})).await;
+    assert_eq!(left.as_array().unwrap().len(), 1, "{left}");
+    refused(&world, "GET", "/v1/vms", &token, "", 401, "unauthenticated").await;
+    World::told(stream, |_| false).await;
+    for name in ["ann", "admin"] {
+        let path = format!("/v1/tokens/{name}/revoke");
+        refused(&world, "POST", &path, &admin, "", 400, "bad-request").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn vms_are_defined_once_started_once_and_stopped() {
     let world = World::new();
     let token = world.token();

@@ -2,7 +2,7 @@
 
 use crate::fake_host::FakeHost;
 use http_body_util::{BodyExt, Full};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use link::ca::CaCertificate;
@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use types::{ErrorCode, Problem, VmId};
 
 /// Long enough for a loaded machine; conditions are polled, so that a fast one does not wait.
@@ -262,25 +263,38 @@ impl World {
     }
 
     /// Opens an event stream and collects what it says until `enough`.
-    pub(crate) async fn events(&self, path: &str, mut enough: impl FnMut(&str) -> bool) -> String {
+    pub(crate) async fn events(&self, path: &str, enough: impl FnMut(&str) -> bool) -> String {
+        let (body, connection) = self.open_events(path, &self.token()).await;
+        let text = Self::told(body, enough).await;
+        connection.abort();
+        text
+    }
+
+    /// Opens an event stream with a token: it is open when this returns.
+    pub(crate) async fn open_events(&self, path: &str, token: &str) -> (Incoming, JoinHandle<()>) {
         let stream = connect_operator(&self.operators().to_string(), &self.ca()).await.unwrap();
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
-        let connection = tokio::spawn(connection);
+        let connection = tokio::spawn(async move { drop(connection.await) });
         let request = Request::builder()
             .uri(path)
             .header("host", "manager")
-            .header("authorization", format!("Bearer {}", self.token()))
+            .header("authorization", format!("Bearer {token}"))
             .body(Full::new(Bytes::new()))
             .unwrap();
-        let mut body = sender.send_request(request).await.unwrap().into_body();
+        let response = sender.send_request(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        (response.into_body(), connection)
+    }
+
+    /// What a stream says until `enough`, or to its end.
+    pub(crate) async fn told(mut body: Incoming, mut enough: impl FnMut(&str) -> bool) -> String {
         let mut text = String::new();
         while !enough(&text) {
             let frame = tokio::time::timeout(PATIENCE, body.frame()).await.expect("an event in time");
             let Some(Ok(frame)) = frame else { break };
             text.push_str(&String::from_utf8_lossy(frame.data_ref().unwrap()));
         }
-        connection.abort();
         text
     }
 

@@ -2,8 +2,8 @@
 
 use super::{Client, ClientError, EventStream, INSPECT_LIMIT, REQUEST_LIMIT, VM_LIMIT};
 use api::http::{
-    AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted, StartVm,
-    VmInspection, VmView,
+    AddToken, AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted, StartVm,
+    TokenAdded, TokenView, VmInspection, VmView,
 };
 use std::collections::VecDeque;
 use types::host::HostSpec;
@@ -90,6 +90,21 @@ impl Client {
     /// Has every gate asked, without moving anything.
     pub(crate) async fn explain(&self, intent: &Migrate) -> Result<Explanation, ClientError> {
         self.post("/v1/migrations/explain", intent, INSPECT_LIMIT).await
+    }
+
+    /// Makes a token.
+    pub(crate) async fn add_token(&self, order: &AddToken) -> Result<TokenAdded, ClientError> {
+        self.post("/v1/tokens", order, REQUEST_LIMIT).await
+    }
+
+    /// Every token.
+    pub(crate) async fn tokens(&self) -> Result<Vec<TokenView>, ClientError> {
+        self.get("/v1/tokens").await
+    }
+
+    /// Revokes a token; those that are left.
+    pub(crate) async fn revoke_token(&self, name: &Name) -> Result<Vec<TokenView>, ClientError> {
+        self.post_empty(&format!("/v1/tokens/{name}/revoke"), REQUEST_LIMIT).await
     }
 
     /// Every migration that the manager remembers.

@@ -6,6 +6,7 @@ mod host;
 mod migrate;
 mod migration;
 mod policy;
+mod token;
 mod vm;
 
 use crate::args::{Cli, Command, HostCommand, ManagerCommand};
@@ -40,6 +41,7 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Migrate(args) => ask(migrate::run(args, format)),
         Command::Migration(command) => ask(migration::run(command, format)),
         Command::Audit(command) => ask(audit::run(command, format)),
+        Command::Token(command) => ask(token::run(command, format)),
         Command::Policy(command) => policy::run(&command, format),
         Command::Inspect(args) => crate::inspect::run(&args, format),
         Command::Doctor(args) => ask(doctor::run(args, format)),

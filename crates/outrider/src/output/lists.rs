@@ -4,7 +4,7 @@ use super::layout::{Facts, columns};
 use super::text::{bold, cut};
 use super::time::{duration, instant, relative, to_seconds};
 use crate::size::format_bytes;
-use api::http::{AuditEntry, AuditVerified, HostView, VmView};
+use api::http::{AuditEntry, AuditVerified, HostView, TokenView, VmView};
 use jiff::Timestamp;
 use serde::Serialize;
 use types::MigrationId;
@@ -166,6 +166,19 @@ pub(crate) fn migrations(list: &[MigrationView], now: Timestamp, width: usize) -
 
 /// Below this the details of audit entries are left to `--output json`.
 const DETAIL_WIDTH_MIN: usize = 110;
+
+/// Operators' tokens.
+pub(crate) fn tokens(tokens: &[TokenView], width: usize) -> String {
+    let row = |t: &TokenView| {
+        let until = match (&t.expires_at, t.expired) {
+            (Some(at), true) => format!("{} (expired)", to_seconds(at)),
+            (Some(at), false) => to_seconds(at),
+            (None, _) => "a manager's own".to_owned(),
+        };
+        vec![t.name.clone(), t.role.clone(), until]
+    };
+    columns(&["TOKEN", "ROLE", "UNTIL"], tokens.iter().map(row).collect(), width, "there are no tokens")
+}
 
 /// Audit entries.
 pub(crate) fn audit(entries: &[AuditEntry], width: usize) -> String {
