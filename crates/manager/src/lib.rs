@@ -15,6 +15,7 @@
 //! its audit entry; effects come after it, from the row. A restarted manager does what the rows say.
 
 mod anchor;
+pub mod audit_file;
 mod authority;
 mod clock;
 mod config;

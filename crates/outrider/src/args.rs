@@ -519,10 +519,27 @@ pub(crate) enum AuditCommand {
     Verify(VerifyAudit),
     /// List entries, oldest first
     List(ListAudit),
+    /// Write the whole log as JSON lines, oldest first; `audit verify --file` checks such a file without a manager
+    Export(ExportAudit),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportAudit {
+    /// Write to this file, which must not exist yet [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Only entries behind this number; such a file can't be verified by itself
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    pub(crate) after: u64,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct VerifyAudit {
+    /// A log that was exported, instead of the manager's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }

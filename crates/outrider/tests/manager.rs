@@ -122,6 +122,8 @@ fn an_operator_enrols_defines_and_reads_the_log() {
     assert_eq!(code, 3, "what does not run is not moved: {err}");
     assert!(err.contains("[vm-not-running]"), "{err}");
     assert_eq!(manager.ask(&["vm", "show", "web-2"]).0, 2, "an unknown name is a usage error");
+    let (code, out, _) = manager.ask(&["migrate", "web-1", "--to", "host-a", "--dry-run"]);
+    assert!(code == 3 && out.contains("REFUSED") && out.contains("[vm-not-running]"), "{code}: {out}");
 
     let verified = manager.json(&["audit", "verify"]);
     assert_eq!(verified["verified"], true);
@@ -130,6 +132,52 @@ fn an_operator_enrols_defines_and_reads_the_log() {
     assert!(!entries.to_string().contains(added["join_token"].as_str().unwrap()), "tokens are never logged");
     let (code, out, _) = manager.ask(&["doctor", "--role", "operator"]);
     assert_eq!(code, 0, "{out}");
+}
+
+#[test]
+fn an_exported_log_is_verified_without_a_manager_and_every_change_of_it_shows() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = Manager::start(&folder.path().join("state"));
+    manager.json(&ADD);
+    for name in ["ann", "bob"] {
+        manager.json(&["token", "add", name, "--role", "operator", "--days", "7"]);
+    }
+    let file = folder.path().join("audit.jsonl");
+    let (export, verify) = (["audit", "export", "--out", file.to_str().unwrap()], folder.path().join("x"));
+    assert_eq!(manager.ask(&export).0, 0);
+    let (code, _, err) = manager.ask(&export);
+    assert!(code == 2 && err.contains("cannot write"), "nothing is overwritten: {err}");
+    let whole = std::fs::read_to_string(&file).unwrap();
+    let (_, out, _) = manager.ask(&["audit", "export"]);
+    assert_eq!(out, whole);
+    let own = manager.json(&["audit", "verify"]);
+    drop(manager);
+    let check = |text: &str| {
+        std::fs::write(&verify, text).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_outrider"));
+        command.args(["audit", "verify", "--output", "json", "--file", verify.to_str().unwrap()]);
+        let output = command.output().unwrap();
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code().unwrap(), answer)
+    };
+    let (code, answer) = check(&whole);
+    assert_eq!((code, &answer["entries"], &answer["head"]), (0, &own["entries"], &own["head"]), "{answer}");
+    let lines: Vec<&str> = whole.lines().collect();
+    let last = lines.len() - 1;
+    let joined = |lines: &[&str]| lines.join("\n");
+    let edited = lines[last].replace("bob", "eve");
+    for (changed, first_bad) in [
+        ([&lines[..last], &[edited.as_str()]].concat(), last + 1),
+        ([&lines[..1], &lines[2..]].concat(), 2),
+        ([&lines[..last - 1], &[lines[last], lines[last - 1]]].concat(), last),
+        ([&lines[..2], &lines[1..]].concat(), 3),
+        ([&["garbage"], &lines[..]].concat(), 1),
+        (lines[1..].to_vec(), 1),
+    ] {
+        let (code, answer) = check(&joined(&changed));
+        assert_eq!((code, answer["first_bad"].as_u64()), (1, Some(first_bad as u64)), "{answer}");
+        assert!(!answer["detail"].as_str().unwrap().is_empty());
+    }
 }
 
 #[test]

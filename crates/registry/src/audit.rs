@@ -58,6 +58,31 @@ pub enum AuditVerdict {
     },
 }
 
+/// An entry that does not belong where it is.
+#[derive(Debug, thiserror::Error)]
+pub enum NotNext {
+    /// Another one should be here.
+    #[error("it has number {found}, {expected} should be here")]
+    Number {
+        /// Its number.
+        found: u64,
+        /// The number that comes next.
+        expected: u64,
+    },
+    /// It, or one before it, was changed.
+    #[error("its hash does not fit the entry and the one before it")]
+    Hash,
+    /// It can't be hashed.
+    #[error("it cannot be hashed")]
+    Malformed(#[source] RegistryError),
+}
+
+/// The head of a log without entries.
+#[must_use]
+pub fn audit_start() -> Head {
+    Head::genesis(CHAIN)
+}
+
 #[derive(Serialize)]
 struct Payload<'a> {
     sequence: u64,
@@ -80,6 +105,18 @@ impl AuditRecord {
             detail: document(row, "detail")?,
             hash: Digest::try_from(hash).map_err(|e| RegistryError::malformed("hash", e))?,
         })
+    }
+
+    /// The head after this entry, which has to be the one that comes next.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn follows(&self, head: Head) -> Result<Head, NotNext> {
+        let next = self.after(head).map_err(NotNext::Malformed)?;
+        if self.sequence != next.seq {
+            return Err(NotNext::Number { found: self.sequence, expected: next.seq });
+        }
+        if self.hash == next.hash { Ok(next) } else { Err(NotNext::Hash) }
     }
 
     /// The head of the chain after this entry.

@@ -24,7 +24,7 @@ mod tokens;
 mod tx;
 mod vms;
 
-pub use audit::{AuditRecord, AuditVerdict};
+pub use audit::{AuditRecord, AuditVerdict, NotNext, audit_start};
 pub use database::{Database, DatabaseError, Server};
 pub use error::RegistryError;
 pub use evidence::{EventRow, PermitRow, ReservationTotals, StatementRow};

@@ -141,20 +141,24 @@ impl Client {
     /// The last `limit` entries of the audit log, oldest first. The log is read page by page, and only as much is
     /// kept as is wanted.
     pub(crate) async fn audit(&self, limit: usize) -> Result<Vec<AuditEntry>, ClientError> {
-        let mut last = VecDeque::new();
-        let mut after = 0;
-        loop {
-            let path = format!("/v1/audit?after={after}&limit={AUDIT_PAGE}");
-            let page: Vec<AuditEntry> = self.get(&path).await?;
-            let Some(end) = page.last().map(|e| e.sequence).filter(|end| *end > after) else { break };
-            let is_last = page.len() < AUDIT_PAGE;
+        let (mut last, mut after) = (VecDeque::new(), Some(0));
+        while let Some(from) = after {
+            let page = self.audit_page(from).await?;
+            after = next_page(&page, from);
             last.extend(page);
             last.drain(..last.len().saturating_sub(limit));
-            if is_last {
-                break;
-            }
-            after = end;
         }
         Ok(last.into())
     }
+
+    /// A page of the audit log: the entries behind that number, oldest first.
+    pub(crate) async fn audit_page(&self, after: u64) -> Result<Vec<AuditEntry>, ClientError> {
+        self.get(&format!("/v1/audit?after={after}&limit={AUDIT_PAGE}")).await
+    }
+}
+
+/// Where the page behind this one begins, if there is one.
+pub(crate) fn next_page(page: &[AuditEntry], after: u64) -> Option<u64> {
+    let end = page.last().map(|entry| entry.sequence).filter(|end| *end > after)?;
+    (page.len() >= AUDIT_PAGE).then_some(end)
 }

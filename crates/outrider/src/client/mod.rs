@@ -5,7 +5,7 @@ mod http;
 mod settings;
 pub(crate) mod sse;
 
-pub(crate) use api::Order;
+pub(crate) use api::{Order, next_page};
 pub(crate) use http::{Client, EventStream, Health};
 pub(crate) use settings::Endpoint;
 
