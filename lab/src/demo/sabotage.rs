@@ -45,6 +45,8 @@ pub enum Sabotage {
 
 /// How long a killed or stopped process may take to show.
 const LIMIT: Duration = Duration::from_secs(10);
+/// A copy that runs moves within this, as the observer sees it.
+const LIMIT_OF_STILL: Duration = Duration::from_millis(100);
 /// The observer scans a new process's memory for the counter page, slowly in an unoptimised build.
 const FOUND_LIMIT: Duration = Duration::from_secs(30);
 
@@ -64,6 +66,7 @@ pub(super) fn after_migration(
             Sabotage::StoppedTarget => {
                 let pid = Pid::from_raw(qemu_on(fleet, Machine::HostB)?).context("a QEMU has a pid")?;
                 kill_process(pid, Signal::STOP).context("stopping the target's QEMU")?;
+                wait_still(observer)?;
             }
             Sabotage::SecondCopy => second = Some(second_copy(fleet, guest, image, observer)?),
             Sabotage::SecretInClear => in_clear(fleet, secret.as_bytes())?,
@@ -74,6 +77,16 @@ pub(super) fn after_migration(
         }
     }
     Ok(second)
+}
+
+/// Waits until the observer has looked since now and sees nothing move. On a busy machine its last look may be older than
+/// the time in which a movement counts, and the next one then shows what moved before the stop.
+fn wait_still(observer: &Observer) -> Result<()> {
+    let looked = observer.report().samples;
+    process::wait_for("the stopped copy to stand still", LIMIT, || {
+        let still = observer.report().samples > looked + 1 && observer.running_on(LIMIT_OF_STILL).is_empty();
+        Ok(still.then_some(()))
+    })
 }
 
 /// Kills the target's QEMU as soon as it is there.
