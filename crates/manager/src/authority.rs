@@ -6,6 +6,7 @@ use base64_pem::blocks;
 use link::ca::{Ca, Subject, write_private};
 use link::identity::{IdentityKey, LiveIdentity, TlsIdentity, TrustDomain};
 use permit::{PermitToken, SigningKey};
+use registry::Database;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
@@ -26,6 +27,32 @@ const RENEWAL_PERIOD: Duration = Duration::from_secs(3_600);
 pub(crate) struct StateFolder {
     path: PathBuf,
     _lock: File,
+}
+
+/// A database file that is used by one manager only, wherever it lies: the state folder's lock says nothing about one outside
+/// of it. A server's database is shared, by leases. The lock ends with the process.
+///
+/// # Errors
+/// `wrong-state` when another manager has it, `bad-configuration` when it can't be locked.
+pub(crate) fn lock_database(database: &Database) -> Result<Option<File>, Problem> {
+    let Database::Sqlite(path) = database else { return Ok(None) };
+    let mut name = path.clone().into_os_string();
+    name.push(".lock");
+    let bad = |e: std::io::Error| {
+        let detail = format!("cannot lock the registry {}: {e}", path.display());
+        Problem::new(ErrorCode::BadConfiguration, detail)
+    };
+    let options = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(name);
+    let lock = options.map_err(bad)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(Some(lock)),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            let detail = format!("another manager runs on the registry {}", path.display());
+            Err(Problem::new(ErrorCode::WrongState, detail)
+                .hint("managers share a registry on PostgreSQL only: see docs/registry.md"))
+        }
+        Err(std::fs::TryLockError::Error(e)) => Err(bad(e)),
+    }
 }
 
 impl StateFolder {

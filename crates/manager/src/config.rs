@@ -112,14 +112,12 @@ fn database<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<
     String::deserialize(deserializer)?.parse().map(Some).map_err(serde::de::Error::custom)
 }
 
-/// What is wrong, with the line that it is in, but without a password that stands in a URL there.
+/// What is wrong, with the line that it is in, but without a URL that stands there: a password may be in any part of it,
+/// also where it does not belong.
 fn without_passwords(text: &str) -> String {
-    let hide = |line: &str| match (line.find("://"), line.rfind('@')) {
-        (Some(from), Some(to)) if from < to => {
-            let (head, tail) = (line.get(..from).unwrap_or(""), line.get(to..).unwrap_or(""));
-            format!("{head}://***{tail}")
-        }
-        _ => line.to_owned(),
+    let hide = |line: &str| match line.split_once("://") {
+        Some((head, _)) => format!("{head}://***"),
+        None => line.to_owned(),
     };
     text.lines().map(hide).collect::<Vec<_>>().join("\n")
 }
@@ -280,6 +278,8 @@ mod tests {
             "registry = \"postgres://u:hunter2@h/d?sslmode=prefer\"",
             "registry = \"postgres://u:hunter2@h/d",
             "registry = \"postgres://u:hu@nter2@h/d\" x",
+            "registry = \"postgres://u@h/d?password=hunter2\"",
+            "registry = \"postgres://u:hunter2/d\"",
             "registri = \"postgres://u:hunter2@h/d\"",
             "registry = [\"postgres://u:hunter2@h/d\"]",
         ] {

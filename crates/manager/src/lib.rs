@@ -99,7 +99,9 @@ pub async fn run_with(
     let state = folder.path().to_owned();
     let (token, admin_token_file) = admin_token(&state)?;
     let authority = Authority::open(folder, &config)?;
-    let registry = Registry::open(&config.database()?).await?;
+    let database = config.database()?;
+    let _database_lock = authority::lock_database(&database)?;
+    let registry = Registry::open(&database).await?;
     admit_admin(&registry, &config, &token).await?;
     let identity = authority.identity();
     let operators = OperatorListener::bind(config.operator_listen, identity.clone())
@@ -270,15 +272,35 @@ async fn keep_house(manager: &Arc<Manager>) {
     tokio::join!(fresh, sweep, leases::watch(manager));
 }
 
+/// An older state of the database stands where the manager's own was, and it went on running: a server that was restored, or
+/// a replica that lagged behind and was put in its place.
+async fn set_back(manager: &Manager) {
+    let why = "the audit log lacks an entry that this manager has seen in it";
+    tracing::error!("the registry was set back: {why}");
+    match migration::handover::distrust(manager, why).await {
+        Ok(()) => drop(manager.forgetful.get_or_init(|| why.to_owned())),
+        // Looked at again; until then nothing is forgotten that was not forgotten before.
+        Err(problem) => tracing::error!("cannot say so in the registry: {problem}"),
+    }
+}
+
 async fn note_anchor(manager: &Manager) {
     // What proves that the registry was set back must not be overtaken by what is appended to it since.
     if manager.forgetful.get().is_some() {
         return;
     }
-    let head = async { manager.registry.read("anchor").await?.audit_head().await };
-    match head.await {
-        Ok((sequence, hash)) if sequence > 0 => manager.anchor.advance(sequence, hash),
-        Ok(_) => {}
+    let looked = async {
+        let mut tx = manager.registry.read("anchor").await?;
+        let held = match manager.anchor.get() {
+            Some((sequence, hash)) => tx.audit_holds(sequence, hash).await?,
+            None => true,
+        };
+        Ok::<_, registry::RegistryError>((held, tx.audit_head().await?))
+    };
+    match looked.await {
+        Ok((true, (sequence, hash))) if sequence > 0 => manager.anchor.advance(sequence, hash),
+        Ok((true, _)) => {}
+        Ok((false, _)) => return set_back(manager).await,
         Err(error) => tracing::warn!("cannot read the audit head: {error}"),
     }
     if let Err(problem) = manager.anchor.keep() {

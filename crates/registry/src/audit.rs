@@ -189,6 +189,16 @@ impl Tx {
         Ok((unsigned(&row, "sequence")?, hash))
     }
 
+    /// Whether the log holds an entry with this number and hash. A cheap look at one row; it proves nothing of the others.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn audit_holds(&mut self, sequence: u64, hash: Digest) -> Result<bool, RegistryError> {
+        let Some(before) = sequence.checked_sub(1) else { return Ok(true) };
+        let found = self.audit_entries(before, 1).await?;
+        Ok(found.first().is_some_and(|entry| entry.sequence == sequence && entry.hash == hash))
+    }
+
     /// Entries after a sequence number, oldest first.
     ///
     /// # Errors

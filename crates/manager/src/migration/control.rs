@@ -6,7 +6,7 @@ use crate::http::Caller;
 use crate::migration::facts::reason_of;
 use crate::migration::{Facts, handover, reconcile};
 use engine::handover::decider::{Event, HandoverRow};
-use registry::MigrationRow;
+use registry::{MigrationRow, Tx};
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +15,9 @@ use types::{ErrorCode, HostName, MigrationId, Problem, Side};
 
 /// A host acts on a control order at once; the promise is one second in all.
 const CONTROL_LIMIT: Duration = Duration::from_millis(900);
+
+/// A manager that said nothing for this long has no hosts any more: they look for another one after three heartbeats.
+const MANAGER_SILENT_US: i64 = 30_000_000;
 
 /// What an operator may tell a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,6 +162,14 @@ async fn terminate(
     Err(Problem::new(ErrorCode::WrongState, format!("migration {} has no permit yet", row.id)))
 }
 
+/// Another manager that was there a moment ago. Which hosts are connected to it only it knows.
+async fn another_manager(manager: &Manager, tx: &mut Tx) -> Result<Option<String>, Problem> {
+    let own = &manager.config.name;
+    let others = tx.managers().await?.into_iter().filter(|row| row.holder.manager != *own);
+    let mut there = others.filter(|row| row.silent_us < MANAGER_SILENT_US);
+    Ok(there.next().map(|row| row.holder.manager.to_string()))
+}
+
 /// The operator's word that a host is dead and will stay so. Break-glass: audited, an admin's act.
 ///
 /// # Errors
@@ -178,6 +189,13 @@ pub(crate) async fn fenced(
             .hint("make sure that it is powered off, and try again"));
     }
     let mut tx = manager.begin("resolve").await?;
+    if let Some(other) = another_manager(manager, &mut tx).await? {
+        let detail = format!(
+            "manager {other} shares the registry: {host} may be connected to it, and then is not fenced"
+        );
+        return Err(Problem::new(ErrorCode::WrongState, detail)
+            .hint("stop the other managers for half a minute, and try again"));
+    }
     let detail = json!({ "migration": id, "fenced": side, "host": host });
     tx.audit(&caller.audit_name(), "migration.resolve", row.vm_name.as_str(), detail).await?;
     tx.commit().await?;

@@ -247,6 +247,12 @@ async fn a_taken_folder_a_taken_port_and_a_bad_policy_are_named() {
     let folder = tokio::task::block_in_place(|| try_run(config(&world.state()))).unwrap_err();
     assert_eq!(folder.code, ErrorCode::WrongState);
     assert!(folder.detail.contains("another manager"), "{folder}");
+    // Also by another folder's manager: a file has no leases that would tell them apart.
+    let mut thief = config(&other.path().join("thief"));
+    thief.registry = Some(world.state().join("registry.db").as_path().into());
+    let file = tokio::task::block_in_place(|| try_run(thief)).unwrap_err();
+    assert_eq!(file.code, ErrorCode::WrongState);
+    assert!(file.detail.contains("another manager runs on the registry"), "{file}");
 
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mut config = config(&other.path().join("m"));

@@ -170,3 +170,41 @@ async fn a_registry_that_was_set_back_grants_and_starts_nothing_new() {
         "vm-already-running"
     );
 }
+
+/// An older state takes the database's place under a manager that runs: a replica that lagged behind, or a restored server.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_is_set_back_under_a_running_manager_is_noticed() {
+    let world = World::new();
+    let (_a, _b) = (world.host("host-a").await, world.host("host-b").await);
+    world.vm("vm", 1, "host-a").await;
+    // The manager has seen the log up to here.
+    assert_eq!(world.get("/v1/audit/verify").await["verified"], true);
+    cut_last_audit_entry(&world).await;
+    // Others follow in the place of the one that is gone.
+    world.ok("/v1/vms", &vm_spec("other", 2)).await;
+    world.ok("/v1/vms", &vm_spec("third", 3)).await;
+    let refused = async || {
+        let answer = world.post("/v1/vms/other/start", &json!({ "host": "host-b" })).await;
+        answer.code() == "audit-broken"
+    };
+    world.until("it decides nothing new", refused).await;
+    let answer = world.post("/v1/migrations", &intent("vm", "host-b")).await;
+    assert_eq!(answer.code(), "audit-broken", "{}", answer.body);
+    let log = world.get("/v1/audit").await.to_string();
+    assert!(log.contains("registry.distrust"), "{log}");
+}
+
+async fn cut_last_audit_entry(world: &World) {
+    use sqlx::Connection as _;
+    sqlx::any::install_default_drivers();
+    let url = format!("sqlite://{}", world.state().join("registry.db").display());
+    let mut connection = sqlx::AnyConnection::connect(&url).await.unwrap();
+    for change in [
+        "DELETE FROM audit WHERE sequence = (SELECT sequence FROM audit_head)",
+        "UPDATE audit_head SET hash = (SELECT hash FROM audit ORDER BY sequence DESC LIMIT 1), \
+         sequence = sequence - 1",
+    ] {
+        sqlx::query(change).execute(&mut connection).await.unwrap();
+    }
+    connection.close().await.unwrap();
+}
