@@ -20,6 +20,8 @@ pub mod enrol;
 pub mod event_log;
 mod pcr;
 pub mod structure;
+#[cfg(feature = "testkit")]
+pub mod testkit;
 #[cfg(feature = "tpm")]
 pub mod tpm;
 pub mod verify;
