@@ -108,6 +108,9 @@ impl Candidate {
     /// [`EnrolRefusal`].
     pub fn check(application: Application, rule: &EkRule, now_unix_s: u64) -> Result<Self, EnrolRefusal> {
         let Application { ek, ek_certificate, intermediates, ak } = application;
+        if intermediates.len() > INTERMEDIATES_LIMIT {
+            return Err(EnrolRefusal::TooManyIntermediates(intermediates.len()));
+        }
         match rule {
             EkRule::Name(expected) if *expected == ek.name() => {}
             EkRule::Name(expected) => {
@@ -115,9 +118,6 @@ impl Candidate {
             }
             EkRule::VendorRoots(roots) => {
                 let certificate = ek_certificate.ok_or(EnrolRefusal::NoCertificate)?;
-                if intermediates.len() > INTERMEDIATES_LIMIT {
-                    return Err(EnrolRefusal::TooManyIntermediates(intermediates.len()));
-                }
                 let proved = roots.prove(&certificate, &intermediates, &ek, now_unix_s);
                 proved.map_err(EnrolRefusal::Certificate)?;
             }

@@ -21,7 +21,7 @@ mod signature;
 use serde::Serialize;
 use types::Digest;
 
-pub use appraisal::{Appraisal, Appraised, PcrAppraisal, Refusal, Verdict};
+pub use appraisal::{Appraisal, Appraised, PcrAppraisal, Refusal, VALID_S, Verdict};
 pub use binding::{Binding, HostId, Purpose};
 pub use clock::Continuity;
 pub use evidence::{EVIDENCE_LIMIT_BYTES, Evidence};
@@ -90,7 +90,8 @@ pub fn appraise(expected: &Expectation<'_>, evidence: &Evidence) -> Result<Appra
 const UNSAFE_CLOCK: &str = "the TPM was shut down without notice, so its clock may repeat times; freshness rests on \
                             the nonce, not on it";
 
-/// Step 1: it is a quote by the enrolled key of the enrolled TPM about this binding.
+/// Step 1: it is a quote by the enrolled key of the enrolled TPM about this binding (threats.md HC-02,
+/// HC-04).
 fn authentic(expected: &Expectation<'_>, evidence: &Evidence) -> Result<Attest, Vec<Reason>> {
     let mut reasons = Vec::new();
     let attest =
@@ -191,8 +192,8 @@ fn complete(expected: &Expectation<'_>, evidence: &Evidence, attest: &Attest) ->
     reasons
 }
 
-/// Step 3: what is expected of each register against what it holds. `complete` has shown that both name the
-/// same.
+/// Step 3: what is expected of each register against what it holds (threats.md HC-01, HC-05). `complete` has
+/// shown that both name the same.
 fn appraise_pcrs(
     expected: &Expectation<'_>,
     evidence: &Evidence,

@@ -1,5 +1,5 @@
-//! Evidence of a real TPM with every byte changed, cut at every length, and bytes of any kind: nothing panics, and nothing
-//! that was signed can be changed.
+//! Evidence of a real TPM with every byte changed, cut at every length, and bytes of any kind: nothing
+//! panics, and nothing that was signed can be changed.
 #![allow(clippy::unwrap_used)]
 
 mod support;

@@ -1,4 +1,5 @@
-//! Enrolment with a real software TPM: which keys are let in, who can open a credential, and that others agree.
+//! Enrolment with a real software TPM: which keys are let in, who can open a credential, and that others
+//! agree.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -117,6 +118,19 @@ fn a_persistent_endorsement_key_and_its_certificate_are_used() {
     let (challenge, pending) = Candidate::check(asked.clone(), &rule, now).unwrap().challenge().unwrap();
     let answer = tpm.activate_credential(&ak, &challenge).unwrap();
     assert_eq!(pending.confirm(&answer).unwrap(), enrolled);
+    // Below the persistent key the signer has the same qualified name.
+    let question = binding("host-a", 1);
+    let asked_for = support::selection(&support::PCRS);
+    let evidence = tpm.evidence(&ak, &asked_for, &question.qualifying_data(), None).unwrap();
+    let expected = attest::verify::Expectation {
+        enrolled: &enrolled,
+        reference: &attest::ReferenceValues::recorded(&evidence.pcrs, None).unwrap(),
+        binding: &question,
+        last_clock: None,
+        continuity: attest::verify::Continuity::SameStart,
+        now_unix_s: now,
+    };
+    assert_eq!(codes(&appraise(&expected, &evidence)), Vec::<&str>::new());
 
     let refused = |application: Application, rule: &EkRule, now| {
         Candidate::check(application, rule, now).unwrap_err().to_string()
@@ -339,6 +353,27 @@ fn we_trust_a_quote_of_others_and_they_check_ours() {
     let outcome = appraise(&expected, &Evidence { attest, signature, pcrs, ..evidence });
     assert_eq!(codes(&outcome), ["attest-pcr-mismatch"]);
     assert!(outcome.unwrap_err().to_string().contains("PCR 7: expected 0000"));
+}
+
+#[test]
+fn a_password_of_the_endorsement_hierarchy_is_used_and_never_shown() {
+    if !ready(&TOOLS) {
+        return;
+    }
+    let swtpm = Swtpm::start_tcp().unwrap();
+    Tools(&swtpm).run("tpm2_changeauth", "-c endorsement s3cret");
+    let open = |password: &[u8]| {
+        let endorsement_password = password.to_vec().into();
+        Tpm::open(swtpm.address(), Options { endorsement_password, ..Options::default() }).unwrap()
+    };
+    for wrong in [&b""[..], b"secret"] {
+        let fault = open(wrong).create_ak().unwrap_err();
+        assert!(fault.to_string().contains("wrong password"), "{fault}");
+    }
+    let mut tpm = open(b"s3cret");
+    let ak = tpm.load_key(KeyShape::Usual).unwrap();
+    enrol(&mut tpm, &ak);
+    assert!(!format!("{tpm:?}").contains("s3cret"));
 }
 
 #[test]

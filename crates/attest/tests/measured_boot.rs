@@ -1,5 +1,5 @@
-//! A measured boot: a log as firmware writes it, the registers of a real TPM extended by it, a mismatch explained by the
-//! event that differs; and the same log as others read it.
+//! A measured boot: a log as firmware writes it, the registers of a real TPM extended by it, a mismatch
+//! explained by the event that differs; and the same log as others read it.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -119,10 +119,31 @@ fn others_read_our_logs_and_reach_the_same_values() {
     for bank in [Bank::Sha256, Bank::Sha384] {
         let replayed = values.replay(bank);
         assert_eq!(replayed.len(), 3);
-        // `pcrs:` at the end lists what the log leads to in each bank; of PCR 0 it is known to leave the start out.
+        // `pcrs:` at the end lists what the log leads to in each bank; of PCR 0 it is known to leave the
+        // start out.
         for (_, value) in replayed.iter().filter(|(index, _)| **index != pcr(0)) {
             assert!(text.contains(&format!("0x{value}").to_lowercase()), "{bank} {value}:\n{text}");
         }
     }
     assert!(text.contains("EV_EFI_BOOT_SERVICES_APPLICATION"));
+}
+
+/// What SeaBIOS 1.16 logged when QEMU 10.0 started it with `-M q35 -device tpm-crb` and nothing to boot, read
+/// from the guest's memory. The values are those that `tpm2_eventlog` gives for it.
+#[test]
+fn the_log_of_a_real_firmware_is_read() {
+    let log = EventLog::parse(include_bytes!("recorded/seabios-q35-tpm-crb.log")).unwrap();
+    let shown: Vec<String> = log.events().iter().map(|event| format!("{} {event}", event.pcr)).collect();
+    assert_eq!(shown.len(), 12);
+    assert!(shown.contains(&"PCR 4 EV_ACTION \"Calling INT 19h\"".to_owned()), "{shown:?}");
+    let values = log.replay(Bank::Sha256);
+    assert_eq!(values.len(), 8);
+    for (index, expect) in [
+        (0, "e21b703ee69c77476bccb43ec0336a9a1b2914b378944f7b00a10214ca8fea93"),
+        (1, "5f194651a6ceb7e8424e21302d309ee8a0456d80b3a913b8e502794c045c0526"),
+        (2, "1af0310df024efe57440f26d56d1c52769dc9366c286924bc373593aac9ebd13"),
+        (4, "1eb9aa21337cc1fa31ce5f56900d7bf59b9dda366823095aed06544caa2557ca"),
+    ] {
+        assert_eq!(values[&pcr(index)].to_string(), expect, "PCR {index}");
+    }
 }

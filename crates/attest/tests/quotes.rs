@@ -29,6 +29,9 @@ fn a_fresh_quote_of_an_enrolled_platform_is_trusted() {
         assert_eq!((record.verdict, record.evidence), (Verdict::Trusted, evidence.digest()));
         assert_eq!((record.pcrs.len(), record.qualifying_data), (PCRS.len(), question.qualifying_data()));
         assert!(record.pcrs.iter().all(|pcr| pcr.matches) && record.clock.is_some());
+        let counts = [NOW - 1, NOW, NOW + 60, NOW + 61].map(|now| appraised.counts_at(now));
+        assert_eq!(counts, [false, true, true, false]);
+        assert!(appraised.is_about(&question) && !appraised.is_about(&binding("host-a", 2)));
         let json = serde_json::to_string(record).unwrap();
         let again: Appraisal = serde_json::from_str(&json).unwrap();
         assert_eq!((&again, again.digest()), (record, record.digest()));
@@ -50,6 +53,7 @@ fn a_sha384_bank_is_quoted_and_trusted() {
     assert_eq!(codes(&platform.appraise(&question, &evidence)), Vec::<&str>::new());
 }
 
+/// threats.md HC-02.
 #[test]
 fn a_quote_about_something_else_is_refused() {
     if !ready(&[]) {
@@ -128,6 +132,7 @@ fn a_key_that_is_unfit_or_lies_elsewhere_is_refused_even_if_its_record_says_othe
     }
 }
 
+/// threats.md HC-04.
 #[test]
 fn what_no_quote_is_is_refused() {
     if !ready(&[]) {
@@ -143,7 +148,8 @@ fn what_no_quote_is_is_refused() {
     // Composed outside: a restricted key does not sign it …
     let composed = good.attest.as_slice().to_vec();
     assert!(platform.tpm.sign(&platform.ak, &composed).is_err());
-    // … an unrestricted one does not either while it begins as the TPM's own do, and signs what begins otherwise.
+    // … an unrestricted one does not either while it begins as the TPM's own do, and signs what begins
+    // otherwise.
     let loose = platform.tpm.load_key(KeyShape::Unrestricted).unwrap();
     let mut composed = composed;
     *composed.first_mut().unwrap() ^= 1;
@@ -223,6 +229,7 @@ fn values_that_were_not_signed_are_refused() {
     assert_eq!(codes(&platform.appraise(&question, &fewer)), ["attest-wrong-values"]);
 }
 
+/// threats.md HC-01, HC-05.
 #[test]
 fn an_extended_register_is_named_with_expected_and_found() {
     if !ready(&[]) {

@@ -12,6 +12,8 @@ use super::reference::AllowedDigest;
 use crate::pcr::{Bank, PcrDigest, PcrIndex};
 use crate::structure::{ClockInfo, TpmName};
 
+/// How long an appraisal counts, seconds: long enough to open a channel under the permit that rests on it.
+pub const VALID_S: u64 = 60;
 /// The version of the record below.
 const VERSION: u32 = 1;
 
@@ -138,6 +140,19 @@ impl Appraised {
     #[must_use]
     pub fn appraisal(&self) -> &Appraisal {
         &self.0
+    }
+
+    /// Whether it still counts at that time: not when it is older than [`VALID_S`], nor when it lies in the
+    /// future, since then the clock was set back and its age is not known.
+    #[must_use]
+    pub fn counts_at(&self, now_unix_s: u64) -> bool {
+        now_unix_s.checked_sub(self.0.appraised_at_unix_s).is_some_and(|age_s| age_s <= VALID_S)
+    }
+
+    /// Whether it is the answer to that question, and to no other.
+    #[must_use]
+    pub fn is_about(&self, binding: &Binding) -> bool {
+        self.0.qualifying_data == binding.qualifying_data()
     }
 }
 
