@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use attest::testkit::{FirmwareLog, Forge, KeyShape, Swtpm};
-use attest::verify::{Continuity, EVIDENCE_LIMIT_BYTES, Expectation, appraise};
+use attest::verify::{EVIDENCE_LIMIT_BYTES, Expectation, LastSeen, appraise};
 use attest::{Bank, Binding, Bounded, Enrolled, Evidence, PcrIndex, PcrSelection, Purpose, ReferenceValues};
 use rustix::time::{ClockId, clock_gettime};
 use types::{Digest, Nonce};
@@ -101,8 +101,7 @@ fn cost(case: &Case) -> Outcome<Duration> {
         enrolled: &case.enrolled,
         reference: &case.reference,
         binding: &case.binding,
-        last_clock: None,
-        continuity: Continuity::MayHaveRestarted,
+        last_seen: LastSeen::Never,
         now_unix_s: 1_800_000_000,
     };
     let before = clock_gettime(ClockId::ThreadCPUTime);

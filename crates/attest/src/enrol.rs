@@ -7,8 +7,8 @@
 //!                                                that AK's name
 //! ```
 //! Only a TPM that holds the endorsement key's private half **and** an object with the attestation key's name
-//! opens the secret (Part 1, section 24); the name covers the key's attributes, so a key that could leave the
-//! TPM has another name.
+//! opens the secret (Part 1, "Credential Protection"); the name covers the key's attributes, so a key that
+//! could leave the TPM has another name.
 
 mod certificate;
 mod credential;
@@ -60,8 +60,8 @@ pub struct Application {
 pub enum EnrolRefusal {
     /// Another TPM than the record's.
     #[error(
-        "the endorsement key is not the one of the host's record: expected {expected}, found {found}; is this the \
-         right machine?"
+        "the endorsement key is not the one of the host's record: expected {expected}, found {found}; is \
+         this the right machine?"
     )]
     OtherEk {
         /// The record's.
@@ -188,8 +188,8 @@ impl Enrolled {
         &self.ak
     }
 
-    /// The attestation key's name below the endorsement key and its hierarchy (Part 1, 26.5), which every
-    /// quote carries as its signer.
+    /// The attestation key's name below the endorsement key and its hierarchy (Part 1, "Qualified Name"),
+    /// which every quote carries as its signer.
     #[must_use]
     pub fn qualified_ak_name(&self) -> TpmName {
         let ek = self.ek_name.qualified(&ENDORSEMENT_HIERARCHY.to_be_bytes());

@@ -13,6 +13,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::pcr::{Bank, PcrDigest, PcrIndex};
+use crate::verify::EVENTS_LIMIT;
 
 /// Longest log that is read, bytes. Logs of servers have 20 to 150 KiB.
 pub const EVENT_LOG_LIMIT_BYTES: usize = 512 * 1024;
@@ -96,7 +97,7 @@ impl EventLog {
         let record = |event: &Event| {
             Some(RecordedEvent { kind: event.kind, digest: event.digests.get(&bank)?.clone() })
         };
-        of_pcr.filter_map(record).take(crate::verify::EVENTS_LIMIT).collect()
+        of_pcr.filter_map(record).take(EVENTS_LIMIT).collect()
     }
 
     /// Says what leads one register to another value than the recorded events did: the first event that
@@ -112,6 +113,8 @@ impl EventLog {
             match expected.next() {
                 Some(known) if known.kind == event.kind && Some(&known.digest) == digest => {}
                 Some(known) => return Some(differs(count, event, digest, known)),
+                // As many as are kept: what follows is not known.
+                None if recorded.len() >= EVENTS_LIMIT => return None,
                 None => return Some(format!("event {count} {event} is not among the recorded ones")),
             }
         }
@@ -120,7 +123,7 @@ impl EventLog {
     }
 
     /// PCR 0 begins with the locality of its start in the last byte, registers of a dynamic launch with all
-    /// ones (TCG PC Client Platform TPM Profile, 4.6.2), all others with zeros.
+    /// ones (TCG PC Client Platform TPM Profile), all others with zeros.
     fn first_value(&self, pcr: PcrIndex, bank: Bank) -> PcrDigest {
         let index = u8::from(pcr);
         let fill = if (17..=22).contains(&index) { 0xff } else { 0 };

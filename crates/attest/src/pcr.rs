@@ -1,6 +1,6 @@
 //! Platform configuration registers: banks, selections, values.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use aws_lc_rs::digest;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::codec::{Malformed, Reader};
 use crate::structure::algorithm;
 
-/// Registers of a PC's TPM (TCG PC Client Platform TPM Profile, 4.6).
+/// Registers of a PC's TPM (TCG PC Client Platform TPM Profile).
 const PCR_COUNT: u8 = 24;
 /// More banks than a TPM has.
 const BANKS_LIMIT: u32 = 16;
@@ -160,10 +160,30 @@ impl TryFrom<String> for PcrDigest {
 }
 
 /// Some registers of one bank.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "RawPcrSelection", into = "RawPcrSelection")]
 pub struct PcrSelection {
     bank: Bank,
     mask: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPcrSelection {
+    bank: Bank,
+    pcrs: BTreeSet<PcrIndex>,
+}
+
+impl From<RawPcrSelection> for PcrSelection {
+    fn from(raw: RawPcrSelection) -> Self {
+        Self::of(raw.bank, raw.pcrs)
+    }
+}
+
+impl From<PcrSelection> for RawPcrSelection {
+    fn from(selection: PcrSelection) -> Self {
+        Self { bank: selection.bank, pcrs: selection.iter().collect() }
+    }
 }
 
 impl PcrSelection {
@@ -340,6 +360,9 @@ mod tests {
         let selection = PcrSelection::of(Bank::Sha384, pcrs);
         assert_eq!(read(&selection.write(Writer::new()).done()), Ok(selection));
         assert_eq!(selection.to_string(), "sha384:0,4,7,23");
+        let json = serde_json::to_string(&selection).unwrap();
+        assert_eq!(json, r#"{"bank":"sha384","pcrs":[0,4,7,23]}"#);
+        assert_eq!(serde_json::from_str::<PcrSelection>(&json).unwrap(), selection);
         assert_eq!(selection.iter().collect::<Vec<_>>(), pcrs);
     }
 

@@ -23,7 +23,7 @@ use types::Digest;
 
 pub use appraisal::{Appraisal, Appraised, PcrAppraisal, Refusal, VALID_S, Verdict};
 pub use binding::{Binding, HostId, Purpose};
-pub use clock::Continuity;
+pub use clock::LastSeen;
 pub use evidence::{EVIDENCE_LIMIT_BYTES, Evidence};
 pub use reason::{Reason, ReasonCode};
 pub use reference::{AllowedDigest, EVENTS_LIMIT, ReferenceFault, ReferencePcr, ReferenceValues};
@@ -31,7 +31,7 @@ pub use reference::{AllowedDigest, EVENTS_LIMIT, ReferenceFault, ReferencePcr, R
 use crate::enrol::Enrolled;
 use crate::event_log::{EventLog, LogFault};
 use crate::pcr::{PcrDigest, PcrIndex};
-use crate::structure::{Attest, AttestFault, ClockInfo, Public, Signature};
+use crate::structure::{Attest, AttestFault, Public, Signature};
 
 /// What evidence is held against. All of it is the manager's own.
 #[derive(Debug, Clone, Copy)]
@@ -42,10 +42,8 @@ pub struct Expectation<'a> {
     pub reference: &'a ReferenceValues,
     /// What the quote is to be about. Its nonce was drawn for this one quote, and is forgotten afterwards.
     pub binding: &'a Binding,
-    /// The clock of the last good quote, if there was one.
-    pub last_clock: Option<&'a ClockInfo>,
-    /// Whether the platform may have been started anew since then.
-    pub continuity: Continuity,
+    /// The clock of the last good quote.
+    pub last_seen: LastSeen,
     /// Now, in seconds since 1970.
     pub now_unix_s: u64,
 }
@@ -80,15 +78,15 @@ pub fn appraise(expected: &Expectation<'_>, evidence: &Evidence) -> Result<Appra
     appraisal.pcrs = appraise_pcrs(expected, evidence, log.as_ref().and_then(|log| log.as_ref().ok()));
     appraisal.reasons = mismatches(&appraisal.pcrs);
     appraisal.reasons.extend(log.and_then(malformed_log));
-    appraisal.reasons.extend(clock::check(expected.last_clock, &attest.clock, expected.continuity));
+    appraisal.reasons.extend(clock::check(&expected.last_seen, &attest.clock));
     if !attest.clock.safe {
         appraisal.notes.push(UNSAFE_CLOCK.to_owned());
     }
     appraisal.conclude(true)
 }
 
-const UNSAFE_CLOCK: &str = "the TPM was shut down without notice, so its clock may repeat times; freshness rests on \
-                            the nonce, not on it";
+const UNSAFE_CLOCK: &str = "the TPM was shut down without notice, so its clock may repeat times; freshness \
+                            rests on the nonce, not on it";
 
 /// Step 1: it is a quote by the enrolled key of the enrolled TPM about this binding (threats.md HC-02,
 /// HC-04).
@@ -152,8 +150,8 @@ fn check_signer(enrolled: &Enrolled, attest: &Attest, reasons: &mut Vec<Reason>)
     if attest.qualified_signer != expected.as_bytes() {
         let found = hex::encode(&attest.qualified_signer);
         let detail = format!(
-            "the quote's signer is not the enrolled key below the enrolled endorsement key: expected {expected}, \
-             found {found}"
+            "the quote's signer is not the enrolled key below the enrolled endorsement key: expected \
+             {expected}, found {found}"
         );
         reasons.push(Reason::new(ReasonCode::WrongSigner, detail));
     }
@@ -164,8 +162,8 @@ fn check_binding(binding: &Binding, attest: &Attest, reasons: &mut Vec<Reason>) 
     if attest.extra_data != expected.0 {
         let found = hex::encode(&attest.extra_data);
         let detail = format!(
-            "the quote is about something else than nonce, purpose, migration, host and keys of this question (a \
-             replayed or relayed quote is): expected {expected}, found {found}"
+            "the quote is about something else than nonce, purpose, migration, host and keys of this \
+             question (a replayed or relayed quote is): expected {expected}, found {found}"
         );
         reasons.push(Reason::new(ReasonCode::WrongBinding, detail));
     }
@@ -185,8 +183,8 @@ fn complete(expected: &Expectation<'_>, evidence: &Evidence, attest: &Attest) ->
         reasons.push(Reason::new(ReasonCode::WrongValues, detail));
     }
     if reasons.is_empty() && evidence.pcrs.quote_digest() != attest.pcr_digest {
-        let detail = "the PCR values sent are not those that the quote signs: they changed while the host quoted, \
-                      or were altered";
+        let detail = "the PCR values sent are not those that the quote signs: they changed while the host \
+                      quoted, or were altered";
         reasons.push(Reason::new(ReasonCode::PcrDigestDiffers, detail));
     }
     reasons
@@ -228,8 +226,8 @@ fn explain(
         Some(value) if value == found => {}
         Some(value) => {
             return Some(format!(
-                "the event log does not lead to this value (it leads to {value}): the register was extended outside \
-                 the log, or the log was altered"
+                "the event log does not lead to this value (it leads to {value}): the register was \
+                 extended outside the log, or the log was altered"
             ));
         }
         None => return Some("the event log says nothing of this register".to_owned()),

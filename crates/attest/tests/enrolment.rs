@@ -126,8 +126,7 @@ fn a_persistent_endorsement_key_and_its_certificate_are_used() {
         enrolled: &enrolled,
         reference: &attest::ReferenceValues::recorded(&evidence.pcrs, None).unwrap(),
         binding: &question,
-        last_clock: None,
-        continuity: attest::verify::Continuity::SameStart,
+        last_seen: attest::verify::LastSeen::Never,
         now_unix_s: now,
     };
     assert_eq!(codes(&appraise(&expected, &evidence)), Vec::<&str>::new());
@@ -333,8 +332,7 @@ fn we_trust_a_quote_of_others_and_they_check_ours() {
         enrolled: &serde_json::from_value(record).unwrap(),
         reference: &attest::ReferenceValues::recorded(&pcrs, None).unwrap(),
         binding: &question,
-        last_clock: None,
-        continuity: attest::verify::Continuity::SameStart,
+        last_seen: attest::verify::LastSeen::Never,
         now_unix_s: NOW,
     };
     assert_eq!(codes(&appraise(&expected, &evidence)), Vec::<&str>::new());

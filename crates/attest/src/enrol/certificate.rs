@@ -16,8 +16,8 @@ use crate::structure::{Key, Public};
 pub const CERTIFICATE_LIMIT_BYTES: usize = 4096;
 /// Roots that one record may name.
 const ROOTS_LIMIT: usize = 16;
-/// `tcg-kp-EKCertificate`, 2.23.133.8.1 (EK Credential Profile, 3.2.16): the use that a certificate that
-/// names uses must name.
+/// `tcg-kp-EKCertificate`, 2.23.133.8.1 (EK Credential Profile, "Extended Key Usage"): the use that a
+/// certificate that names uses must name.
 const EK_CERTIFICATE_USE: &[u8] = &[0x67, 0x81, 0x05, 0x08, 0x01];
 /// DER of a P-256 SubjectPublicKeyInfo up to the point (RFC 5480).
 const P256_SPKI_PREFIX: [u8; 27] = [

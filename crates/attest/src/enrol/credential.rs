@@ -1,5 +1,5 @@
-//! `TPM2_MakeCredential` without a TPM (Part 1, section 24 and annexes B.10.4 and C.6.4): a secret for one
-//! endorsement key and one object name.
+//! `TPM2_MakeCredential` without a TPM (Part 1, "Credential Protection", and "Secret Sharing" in annexes B
+//! and C): a secret for one endorsement key and one object name.
 
 use aws_lc_rs::agreement::{self, ECDH_P256, EphemeralPrivateKey, UnparsedPublicKey};
 use aws_lc_rs::cipher::{AES_128, EncryptingKey, EncryptionContext, UnboundCipherKey};
@@ -23,7 +23,7 @@ const ID_OBJECT_LIMIT_BYTES: usize = 2 * (2 + 32);
 const ENCRYPTED_SECRET_LIMIT_BYTES: usize = 512;
 const SEED_BYTES: usize = 32;
 const AES_KEY_BYTES: usize = 16;
-/// The label of both ways to send the seed, with the zero that belongs to it (Part 1, B.10.4).
+/// The label of both ways to send the seed, with the zero that belongs to it (Part 1, annex B).
 const IDENTITY: &[u8] = b"IDENTITY\0";
 
 /// A credential: what the host gives to `TPM2_ActivateCredential`.
@@ -78,7 +78,7 @@ pub fn make_credential(
 
 type Seed = Zeroizing<Vec<u8>>;
 
-/// A random seed, encrypted by OAEP (B.10.4).
+/// A random seed, encrypted by OAEP (annex B).
 fn rsa_seed(modulus: &[u8], exponent: u32) -> Result<(Seed, Vec<u8>), CredentialFault> {
     let mut seed = Zeroizing::new(vec![0; SEED_BYTES]);
     rand::fill(&mut seed).map_err(|_| CredentialFault::NoRandomNumbers)?;
@@ -96,7 +96,7 @@ fn rsa_seed(modulus: &[u8], exponent: u32) -> Result<(Seed, Vec<u8>), Credential
     Ok((seed, encrypted))
 }
 
-/// A seed agreed with a key of one use, whose public point is sent (C.6.4).
+/// A seed agreed with a key of one use, whose public point is sent (annex C).
 fn p256_seed(x: &[u8; 32], y: &[u8; 32]) -> Result<(Seed, Vec<u8>), CredentialFault> {
     let random = |_: Unspecified| CredentialFault::NoRandomNumbers;
     let ours = EphemeralPrivateKey::generate(&ECDH_P256, &SystemRandom::new()).map_err(random)?;
@@ -132,7 +132,7 @@ fn kdf_a(key: &[u8], label: &[u8], context: &[u8], bytes: usize) -> Seed {
 }
 
 /// The secret as `TPM2B_DIGEST` in AES-128-CFB. The key is used once, so the vector may be zero (Part 1,
-/// 24.4).
+/// "Credential Protection").
 fn encrypt(key: &[u8], secret: &[u8]) -> Result<Vec<u8>, CredentialFault> {
     let mut text = Writer::new().sized(secret).done();
     let mut encrypt = || {

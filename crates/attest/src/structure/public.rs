@@ -36,7 +36,7 @@ const RSA_BITS: std::ops::RangeInclusive<u16> = 2048..=4096;
 /// What an exponent of 0 means (Part 2, 12.2.3.5).
 const DEFAULT_EXPONENT: u32 = 65537;
 
-/// The name of an object: its hash algorithm and the hash of its public area (Part 1, section 16), as
+/// The name of an object: its hash algorithm and the hash of its public area (Part 1, "Names"), as
 /// hexadecimal text that begins with `000b`. What `tpm2_readpublic` prints as "name".
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -55,7 +55,7 @@ impl TpmName {
         &self.0
     }
 
-    /// The qualified name of this object below a parent's (Part 1, 26.5): the hash of both.
+    /// The qualified name of this object below a parent's (Part 1, "Qualified Name"): the hash of both.
     pub(crate) fn qualified(&self, parent: &[u8]) -> Self {
         Self::hashed(&[parent, &self.0])
     }

@@ -1,4 +1,5 @@
-//! Commands and responses (Part 1, section 18; Part 3, section 5), and patience with a TPM that is busy.
+//! Commands and responses (Part 1, "Command/Response Structure"; Part 3), and patience with a TPM that is
+//! busy.
 
 use std::time::{Duration, Instant};
 
@@ -127,7 +128,7 @@ fn hint(code: u32) -> &'static str {
 enum Authority {
     Password(Zeroizing<Vec<u8>>),
     /// A policy session that is satisfied; nothing else is proved with it, so its HMAC is empty (Part 1,
-    /// 19.6.9).
+    /// "Policy Session").
     Policy(u32),
 }
 
@@ -180,7 +181,7 @@ impl Command {
     }
 }
 
-/// The authorisation area (Part 1, 18.3): of each session its handle, nonce, attributes and HMAC or password.
+/// The authorisation area (same place): of each session its handle, nonce, attributes and HMAC or password.
 /// Sessions stay for an explicit flush, so that there is one way in which they end.
 fn authorization(authorities: &[Authority]) -> Zeroizing<Vec<u8>> {
     const CONTINUE_SESSION: u8 = 1;

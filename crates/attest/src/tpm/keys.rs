@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use aws_lc_rs::rand;
 use zeroize::Zeroizing;
 
 use super::command::{Command, TpmFault, code};
@@ -12,9 +11,9 @@ use crate::codec::{Malformed, Reader, Writer, within};
 use crate::enrol::{CERTIFICATE_LIMIT_BYTES, Challenge, ENDORSEMENT_HIERARCHY};
 use crate::structure::{Key, PUBLIC_LIMIT_BYTES, Public, algorithm};
 
-/// Where a provisioned platform keeps the RSA endorsement key (TCG TPM v2.0 Provisioning Guidance, 7.8).
+/// Where a provisioned platform keeps the RSA endorsement key (TCG TPM v2.0 Provisioning Guidance).
 const PERSISTENT_RSA_EK: u32 = 0x8101_0001;
-/// Where vendors put the certificates of the two keys (EK Credential Profile, 2.2.1.4 and 2.2.1.5).
+/// Where vendors put the certificates of the two keys (EK Credential Profile, "Low Range").
 const RSA_CERTIFICATE: u32 = 0x01C0_0002;
 const P256_CERTIFICATE: u32 = 0x01C0_000A;
 /// `TPM_SE_POLICY` (Part 2, 6.11).
@@ -136,7 +135,7 @@ impl Tpm {
     /// afterwards.
     ///
     /// Below the endorsement key, because only then the quote carries that key in its signer's qualified
-    /// name, and the true counters of resets instead of masked ones (Part 1, 36.7).
+    /// name, and the true counters of resets instead of masked ones (Part 1, "Timing Components").
     ///
     /// # Errors
     /// [`TpmFault`].
@@ -279,13 +278,9 @@ impl Tpm {
     }
 
     fn start_policy_session(&mut self) -> Result<u32, TpmFault> {
-        // Unbound and unsalted: no HMAC is made with it, so nothing rests on this nonce.
-        let mut nonce = [0; NONCE_BYTES];
-        let no_random = |_| TpmFault::Malformed {
-            command: "TPM2_StartAuthSession",
-            source: Malformed::Truncated { what: "the machine's random numbers" },
-        };
-        rand::fill(&mut nonce).map_err(no_random)?;
+        // Unbound and unsalted: no HMAC is made with it, so nothing rests on the nonce; it must only be long
+        // enough (Part 3, 11.1).
+        let nonce = [0; NONCE_BYTES];
         let command = Command::new("TPM2_StartAuthSession", code::START_AUTH_SESSION)
             .handle(code::RH_NULL)
             .handle(code::RH_NULL)

@@ -1,5 +1,5 @@
-//! The TPM's clock and counters never go back (Part 1, section 36): a TPM that was exchanged, or a copy of a
-//! software TPM's state that was put back, shows here.
+//! The TPM's clock and counters never go back (Part 1, "Timing Components"): a TPM that was exchanged, or a
+//! copy of a software TPM's state that was put back, shows here.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,27 +7,33 @@ use super::reason::{Reason, ReasonCode};
 use crate::structure::ClockInfo;
 
 /// How much of its clock a TPM may lose when it is cut off: it must be written at least every 2^22 ms, about
-/// 70 minutes (Part 1, 36.3).
+/// 70 minutes (Part 2, "TPMS_CLOCK_INFO").
 const UNSAVED_CLOCK_MS: u64 = 1 << 22;
 
-/// Whether the platform may have been started anew since its last good quote.
+/// The clock of the last good quote of this host, and what it asks of the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Continuity {
+pub enum LastSeen {
+    /// There was none.
+    Never,
     /// Between migrations: a reboot is no fault.
-    MayHaveRestarted,
+    Earlier(ClockInfo),
     /// Within a migration: what was quoted before the permit must be what still runs.
-    SameStart,
+    SameStart(ClockInfo),
 }
 
 /// Compares the clock of a quote with that of the last one.
-pub(super) fn check(last: Option<&ClockInfo>, now: &ClockInfo, continuity: Continuity) -> Option<Reason> {
-    let last = last?;
+pub(super) fn check(last_seen: &LastSeen, now: &ClockInfo) -> Option<Reason> {
+    let (last, may_have_restarted) = match last_seen {
+        LastSeen::Never => return None,
+        LastSeen::Earlier(last) => (last, true),
+        LastSeen::SameStart(last) => (last, false),
+    };
     let starts = |clock: &ClockInfo| (clock.reset_count, clock.restart_count);
     if starts(now) < starts(last) {
         let detail = format!(
-            "the TPM's counters went back: {} resets and {} restarts, last seen were {} and {}: another TPM, or an \
-             older copy of its state",
+            "the TPM's counters went back: {} resets and {} restarts, last seen were {} and {}: another TPM, \
+             or an older copy of its state",
             now.reset_count, now.restart_count, last.reset_count, last.restart_count
         );
         return Some(Reason::new(ReasonCode::CounterBackwards, detail));
@@ -41,7 +47,7 @@ pub(super) fn check(last: Option<&ClockInfo>, now: &ClockInfo, continuity: Conti
         );
         return Some(Reason::new(ReasonCode::ClockBackwards, detail));
     }
-    if continuity == Continuity::SameStart && !same_start {
+    if !same_start && !may_have_restarted {
         let detail =
             "the platform was started anew since it was last appraised; the migration must begin again";
         return Some(Reason::new(ReasonCode::Restarted, detail));
@@ -55,28 +61,29 @@ mod tests {
 
     #[test]
     fn counters_and_clock_never_go_back() {
-        use Continuity::{MayHaveRestarted, SameStart};
+        use LastSeen::{Earlier, Never, SameStart};
         use ReasonCode::{ClockBackwards, CounterBackwards, Restarted};
         let last = ClockInfo { clock_ms: 10_000_000, reset_count: 5, restart_count: 3, safe: true };
-        let check = |clock_ms, reset_count, restart_count, safe, continuity, expect| {
-            let now = ClockInfo { clock_ms, reset_count, restart_count, safe };
-            let found = check(Some(&last), &now, continuity).map(|reason| reason.code);
-            assert_eq!(found, expect, "{now:?} {continuity:?}");
-            assert_eq!(check(None, &now, continuity), None);
-        };
+        let check =
+            |clock_ms, reset_count, restart_count, safe, last_seen: fn(ClockInfo) -> LastSeen, expect| {
+                let now = ClockInfo { clock_ms, reset_count, restart_count, safe };
+                let found = check(&last_seen(last), &now).map(|reason| reason.code);
+                assert_eq!(found, expect, "{now:?} {:?}", last_seen(last));
+                assert_eq!(check(&Never, &now), None);
+            };
         check(10_000_000, 5, 3, true, SameStart, None);
         check(10_000_001, 5, 3, true, SameStart, None);
         check(9_999_999, 5, 3, true, SameStart, Some(ClockBackwards));
         // Not safe excuses nothing while the TPM runs on.
         check(9_999_999, 5, 3, false, SameStart, Some(ClockBackwards));
-        check(11_000_000, 4, 9, true, MayHaveRestarted, Some(CounterBackwards));
-        check(11_000_000, 5, 2, true, MayHaveRestarted, Some(CounterBackwards));
+        check(11_000_000, 4, 9, true, Earlier, Some(CounterBackwards));
+        check(11_000_000, 5, 2, true, Earlier, Some(CounterBackwards));
         // A reset begins to count restarts anew.
-        check(10_000_000, 6, 0, true, MayHaveRestarted, None);
+        check(10_000_000, 6, 0, true, Earlier, None);
         check(10_000_000, 6, 0, true, SameStart, Some(Restarted));
         check(10_000_000, 5, 4, true, SameStart, Some(Restarted));
-        check(9_999_999, 6, 0, true, MayHaveRestarted, Some(ClockBackwards));
-        check(10_000_000 - UNSAVED_CLOCK_MS, 6, 0, false, MayHaveRestarted, None);
-        check(10_000_000 - UNSAVED_CLOCK_MS - 1, 6, 0, false, MayHaveRestarted, Some(ClockBackwards));
+        check(9_999_999, 6, 0, true, Earlier, Some(ClockBackwards));
+        check(10_000_000 - UNSAVED_CLOCK_MS, 6, 0, false, Earlier, None);
+        check(10_000_000 - UNSAVED_CLOCK_MS - 1, 6, 0, false, Earlier, Some(ClockBackwards));
     }
 }

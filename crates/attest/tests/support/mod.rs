@@ -7,10 +7,9 @@ use std::io::Write;
 use attest::enrol::{Application, Candidate, EkRule};
 use attest::testkit::{Forge, KeyShape, Swtpm};
 use attest::tpm::{LoadedAk, Tpm};
-use attest::verify::{Continuity, Expectation, appraise};
+use attest::verify::{Expectation, LastSeen, appraise};
 use attest::{
-    Appraised, Bank, Binding, ClockInfo, Enrolled, Evidence, PcrIndex, PcrSelection, Purpose,
-    ReferenceValues, Refusal,
+    Appraised, Bank, Binding, Enrolled, Evidence, PcrIndex, PcrSelection, Purpose, ReferenceValues, Refusal,
 };
 use types::{Digest, MigrationId, Nonce, Side};
 
@@ -86,21 +85,20 @@ impl Platform {
     }
 
     pub fn appraise(&self, binding: &Binding, evidence: &Evidence) -> Result<Appraised, Refusal> {
-        self.appraise_after(binding, evidence, None)
+        self.appraise_after(binding, evidence, LastSeen::Never)
     }
 
     pub fn appraise_after(
         &self,
         binding: &Binding,
         evidence: &Evidence,
-        last_clock: Option<&ClockInfo>,
+        last_seen: LastSeen,
     ) -> Result<Appraised, Refusal> {
         let expected = Expectation {
             enrolled: &self.enrolled,
             reference: &self.reference,
             binding,
-            last_clock,
-            continuity: Continuity::MayHaveRestarted,
+            last_seen,
             now_unix_s: NOW,
         };
         appraise(&expected, evidence)
