@@ -82,3 +82,20 @@ impl fmt::Display for Reason {
         write!(f, "{} ({})", self.detail, self.code)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn every_code_is_documented_and_read_back() {
+        let page = include_str!("../../../../docs/attestation.md");
+        for code in ReasonCode::ALL {
+            assert!(page.contains(&format!("| `{code}` |")), "{code} is missing in docs/attestation.md");
+            let json = serde_json::to_string(code).unwrap();
+            assert_eq!(json, format!("\"{code}\""));
+            assert_eq!(serde_json::from_str::<ReasonCode>(&json).unwrap(), *code);
+        }
+    }
+}
