@@ -21,7 +21,7 @@ const IMPURE: &[&str] = &["tokio", "rustls", "aws-lc-rs", "sqlx", "socket2", "ra
 /// What the sandboxed agent must not be linked with.
 const NO_AGENT: &[&str] = &["tokio", "sqlx", "tonic", "hyper", "axum", "yara-x"];
 
-const ROOMS: [Room; 15] = [
+const ROOMS: [Room; 16] = [
     room("outrider-types", &[], IMPURE),
     room("outrider-wire", &["outrider-types"], IMPURE),
     room("outrider-engine", &["outrider-types", "outrider-wire"], IMPURE),
@@ -34,6 +34,8 @@ const ROOMS: [Room; 15] = [
     // The library is pure; its program, behind a feature, is not.
     room("outrider-signature", &["outrider-sandbox"], IMPURE),
     room("outrider-permit", &["outrider-types"], &["tokio", "rustls", "sqlx"]),
+    // What the manager sees of it; the host's half, behind a feature, adds sockets and nothing else.
+    room("outrider-attest", &["outrider-types"], &["tokio", "rustls", "sqlx", "rustix", "socket2"]),
     room("outrider-api", &["outrider-types"], &["sqlx", "rustls"]),
     room("outrider-registry", &["outrider-types", "outrider-permit"], &["tonic", "axum"]),
     room("outrider-link", &["outrider-types", "outrider-permit"], &["sqlx"]),
@@ -56,6 +58,7 @@ const ROOMS: [Room; 15] = [
             "outrider-types",
             "outrider-engine",
             "outrider-permit",
+            "outrider-attest",
             "outrider-api",
             "outrider-registry",
             "outrider-link",
@@ -69,6 +72,7 @@ const ROOMS: [Room; 15] = [
             "outrider-wire",
             "outrider-engine",
             "outrider-permit",
+            "outrider-attest",
             "outrider-api",
             "outrider-link",
             "outrider-signature",

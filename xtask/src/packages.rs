@@ -35,12 +35,15 @@ struct Need {
     least_major: u32,
 }
 
-const NEEDS: [Need; 8] = [
+const NEEDS: [Need; 11] = [
     need("gcc", false, 0),
     need("g++", false, 0),
     need("libc6-dev", false, 0),
     need("iproute2", false, 0),
     need("nftables", false, 0),
+    need("swtpm", false, 0),
+    need("swtpm-tools", false, 0),
+    need("tpm2-tools", false, 0),
     need("qemu-system-x86", true, QEMU_MAJOR),
     need("qemu-utils", true, QEMU_MAJOR),
     // Its programs only: tests make clusters of their own (see `WithoutCluster`).
