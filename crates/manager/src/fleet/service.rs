@@ -92,9 +92,16 @@ impl FleetRpc for FleetService {
     async fn attach(&self, request: Request<Streaming<ToManager>>) -> Result<Response<ToHosts>, Status> {
         let caller = caller(&request)?;
         let mut incoming = request.into_inner();
-        let (session, orders) = enter(&self.manager, &caller, &mut incoming).await.map_err(status)?;
+        let (session, orders, hello) = enter(&self.manager, &caller, &mut incoming).await.map_err(status)?;
+        // From here on in a task of its own: a host that hangs up now cancels this call, and its session must not stay
+        // behind with nobody who reads it to its end.
+        self.manager.fleet.enter(Arc::clone(&session));
         let manager = Arc::clone(&self.manager);
-        self.manager.tasks.spawn(serve(manager, session, incoming));
+        self.manager.tasks.spawn(async move {
+            tracing::info!(host = %session.host, address = %session.address, "host attached");
+            inbound::greeted(&manager, &session, hello).await;
+            serve(manager, session, incoming).await;
+        });
         Ok(Response::new(Box::pin(ReceiverStream::new(orders))))
     }
 }
@@ -139,7 +146,7 @@ async fn enter(
     manager: &Arc<Manager>,
     caller: &Caller,
     incoming: &mut Streaming<ToManager>,
-) -> Result<(Arc<Session>, mpsc::Receiver<Result<ToHost, Status>>), Problem> {
+) -> Result<(Arc<Session>, mpsc::Receiver<Result<ToHost, Status>>, Hello), Problem> {
     let peer = caller.peer.as_ref().and_then(|p| p.expect_host().ok());
     let host = peer.map(|p| p.host).ok_or_else(|| {
         Problem::new(ErrorCode::Unauthenticated, "attaching needs the certificate of a host")
@@ -170,10 +177,7 @@ async fn enter(
     let detail = json!({ "address": session.address, "version": hello.version, "boot": hello.boot_id });
     tx.audit(&format!("host/{host}"), "host.attach", host.as_str(), detail).await?;
     tx.commit().await?;
-    manager.fleet.enter(Arc::clone(&session));
-    tracing::info!(%host, address = %session.address, "host attached");
-    inbound::greeted(manager, &session, hello).await;
-    Ok((session, orders))
+    Ok((session, orders, hello))
 }
 
 async fn hello(incoming: &mut Streaming<ToManager>) -> Result<Hello, Problem> {

@@ -5,6 +5,7 @@ use crate::world::{World, host_spec};
 use permit::SigningKey;
 use serde_json::json;
 use std::sync::Arc;
+use std::time::Duration;
 use tonic::Code;
 use types::Nonce;
 
@@ -112,6 +113,27 @@ async fn a_second_session_replaces_the_first_and_a_lost_host_is_shown() {
     session.abort();
     host.vanish();
     world.until("the host is lost", async || world.get("/v1/hosts/host-a").await["state"] == "lost").await;
+}
+
+/// A host hangs up at any moment of its greeting: no session of it stays behind that nobody reads.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_hangs_up_while_it_is_greeted_is_lost() {
+    let world = World::new();
+    let host = world.host("host-a").await;
+    host.vanish();
+    for round in 0..80_u64 {
+        let own = Arc::clone(&host);
+        let session = tokio::spawn(async move { own.session(own.hello()).await });
+        tokio::time::sleep(Duration::from_micros(round * 250)).await;
+        session.abort();
+        drop(session.await);
+        host.vanish();
+        world
+            .until(format!("it is lost, round {round}"), async || {
+                world.get("/v1/hosts/host-a").await["state"] == "lost"
+            })
+            .await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
