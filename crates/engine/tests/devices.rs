@@ -465,6 +465,7 @@ fn nothing_hides_before_or_behind_a_part_that_no_layout_tells() {
             "INV-D4",
             vec![nested.clone(), b"\x05\x10cpu/msr_tsx_ctrl\0\0\0\x02".to_vec()],
         ),
+        ("a name that only a C string ends", "INV-D4", vec![nested.clone(), c_string_name()]),
         ("half a subsection", "INV-D2", vec![nested.clone(), branch_records(32)[..100].to_vec()]),
         ("a subsection with more behind it", "INV-D2", vec![nested.clone(), tsx_control(), vec![1, 2, 3]]),
         ("a part that ends in its head", "INV-D4", vec![b"\x05\x10cpu/nested_state\0\0".to_vec()]),
@@ -483,6 +484,14 @@ fn nothing_hides_before_or_behind_a_part_that_no_layout_tells() {
     let place = state.start + 1 + 1 + 1 + 1 + 96 + 4;
     request.splice(place..place + 1, &[2]);
     refuse("a SCSI request in front of the rest of its disk", "INV-D2", &request);
+}
+
+/// `branch_records(33)` under a name with a NUL behind it, which QEMU reads as the known one.
+fn c_string_name() -> Vec<u8> {
+    let plain = branch_records(33);
+    let name = b"cpu/arch_lbr";
+    assert_eq!(plain[..2 + name.len()], *b"\x05\x0ccpu/arch_lbr");
+    [b"\x05\x0d", &name[..], b"\0", &plain[2 + name.len()..]].concat()
 }
 
 /// The same pseudo-random numbers on every run.

@@ -301,7 +301,10 @@ impl<'t, 'b> Reader<'t, 'b> {
 
     /// The name of the subsection of `layout` that starts at `at`, if one does.
     fn known_at(&self, layout: &'t Layout, at: usize) -> Option<&'b [u8]> {
-        self.subsection_name(&layout.vmsd, at).filter(|name| self.subsection_of(layout, name).is_some())
+        // The destination compares C strings: a name with a NUL inside is the known one to it. It begins one here as well,
+        // and `subsection_head`, which compares whole names, then refuses it.
+        let as_c = |name: &&'b [u8]| name.split(|byte| *byte == 0).next().unwrap_or_default();
+        self.subsection_name(&layout.vmsd, at).filter(|name| self.subsection_of(layout, as_c(name)).is_some())
     }
 
     /// The name of the subsection that starts at `at`, if one does.
