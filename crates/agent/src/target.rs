@@ -12,7 +12,7 @@ use crate::effect::Effect;
 use crate::log;
 use crate::signatures::Judgement;
 use crate::source::{micros, return_finding};
-use engine::inspect::{HeldState, Inspector, Output, Pages, Unsupported, Violation, finding};
+use engine::inspect::{HeldState, Inspector, Output, Pages, Unsupported, Violation, finding, unvouched};
 use serde_json::json;
 use std::time::{Duration, Instant};
 use types::ErrorCode;
@@ -289,7 +289,10 @@ impl Target {
             "released",
             &[("devices", json!(state.sections.len())), ("held_us", json!(held_us))],
         );
-        vec![Effect::ToHypervisor(state.bytes)]
+        // The guest waits for its state; what is worth telling of it comes behind.
+        let told = unvouched(&state.sections).into_iter();
+        let told = told.map(|finding| Effect::report(FromAgent::Observed { finding: Box::new(finding) }));
+        std::iter::once(Effect::ToHypervisor(state.bytes)).chain(told).collect()
     }
 
     /// QEMU took everything that was released.

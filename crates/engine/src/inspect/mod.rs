@@ -29,7 +29,7 @@ mod limits;
 mod record;
 
 pub use end::EndDetector;
-pub use finding::finding;
+pub use finding::{finding, unvouched};
 pub use firmware::{MAX_FIRMWARE_BYTES, is_firmware};
 pub use learn::{LearnError, Learned, Learner, MAX_HELD_BYTES, learn};
 pub use limits::{DEFAULT_DEVICE_STATE_BYTES, Limits, MAX_GUEST_BYTES, Multifd, Unsupported, map_bytes};

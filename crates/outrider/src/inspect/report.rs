@@ -77,6 +77,7 @@ impl From<&JudgedSection> for SectionView {
     fn from(section: &JudgedSection) -> Self {
         let vouched = match section.vouched {
             Vouched::Layout => "layout",
+            Vouched::FixedLength => "fixed-length",
             Vouched::Partly => "partly",
             Vouched::UniqueCut => "unique-cut",
         };

@@ -3,10 +3,10 @@
 use super::parse::{Reader, Stop};
 use super::values::Tables;
 use std::collections::{BTreeMap, BTreeSet};
-use types::inventory::{DeviceSection, Inventory};
+use types::inventory::{self, Inventory};
 use types::layout::{Catalogue, SectionLayout};
 use wire::qemu::Violation;
-use wire::qemu::device::{DeviceState, SectionStart, fixed_length};
+use wire::qemu::device::{DeviceSection, DeviceState, SectionStart, fixed_length};
 
 /// What to do with a section whose length the catalogue can't derive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub enum Unvouched {
 pub enum Vouched {
     /// Derived as the destination derives it; its values were looked at.
     Layout,
+    /// It is one of the few whose length is fixed or told by itself; its values are unknown.
+    FixedLength,
     /// It has one possible end only; its values were looked at, except those of subsections that no layout
     /// tells.
     Partly,
@@ -39,6 +41,8 @@ pub struct JudgedSection {
     pub instance: u32,
     /// Its version.
     pub version: u32,
+    /// Where its header starts in the stream of its channel.
+    pub offset: u64,
     /// Length of its state in bytes.
     pub bytes: usize,
     /// How its length was proved.
@@ -75,7 +79,10 @@ pub fn judge(
         let mut fixed = |section: &SectionStart<'_>| Ok(fixed_length(section, blob));
         let state = DeviceState::read_with(blob, base, ram_id, page_size, &mut fixed)?;
         check_complete(&state, base, &inventory.devices)?;
-        return Ok(judged(&state, &BTreeSet::new()));
+        return Ok(judged(&state, base, |section| match section.exact {
+            true => Vouched::FixedLength,
+            false => Vouched::UniqueCut,
+        }));
     };
     catalogue.validate().map_err(|error| unusable(base, &error.to_string()))?;
     if catalogue.machine != inventory.machine {
@@ -95,7 +102,12 @@ pub fn judge(
     } else {
         check_complete(&state, base, &inventory.devices)?;
     }
-    Ok(judged(&state, &partly))
+    Ok(judged(&state, base, |section| match (lengths.has_layout(section), section.exact) {
+        (true, true) => Vouched::Layout,
+        (false, true) => Vouched::FixedLength,
+        (_, false) if partly.contains(&section.id) => Vouched::Partly,
+        (_, false) => Vouched::UniqueCut,
+    }))
 }
 
 fn unusable(base: u64, found: &str) -> Violation {
@@ -106,24 +118,23 @@ fn by_name(catalogue: &Catalogue) -> BTreeMap<(&str, u32), &SectionLayout> {
     catalogue.sections.iter().map(|section| ((section.name.as_str(), section.instance), section)).collect()
 }
 
-fn devices(catalogue: &Catalogue) -> Vec<DeviceSection> {
-    let device =
-        |s: &SectionLayout| DeviceSection { name: s.name.clone(), instance: s.instance, version: s.version };
+fn devices(catalogue: &Catalogue) -> Vec<inventory::DeviceSection> {
+    let device = |s: &SectionLayout| inventory::DeviceSection {
+        name: s.name.clone(),
+        instance: s.instance,
+        version: s.version,
+    };
     catalogue.sections.iter().map(device).collect()
 }
 
-/// `partly` are the ids of those that were read by their layouts, except for parts of them.
-fn judged(state: &DeviceState<'_>, partly: &BTreeSet<u32>) -> Judged {
-    let section = |section: &wire::qemu::device::DeviceSection<'_>| JudgedSection {
+fn judged(state: &DeviceState<'_>, base: u64, vouched: impl Fn(&DeviceSection<'_>) -> Vouched) -> Judged {
+    let section = |section: &DeviceSection<'_>| JudgedSection {
         name: section.name.to_owned(),
         instance: section.instance,
         version: section.version,
+        offset: base + section.start as u64,
         bytes: section.payload.len(),
-        vouched: match section.exact {
-            true => Vouched::Layout,
-            false if partly.contains(&section.id) => Vouched::Partly,
-            false => Vouched::UniqueCut,
-        },
+        vouched: vouched(section),
     };
     Judged { sections: state.sections.iter().map(section).collect(), end_mark: state.end_mark }
 }
@@ -167,6 +178,11 @@ impl<'b> Lengths<'_, 'b> {
         }
     }
 
+    fn has_layout(&self, section: &DeviceSection<'_>) -> bool {
+        let known = self.sections.get(&(section.name, section.instance));
+        known.is_some_and(|known| known.layout.is_some())
+    }
+
     /// Judges sections that have a layout and a part that no layout tells the length of; their ids. Which
     /// devices are not judged is the catalogue's word, never the source's: all but that part keeps its rules.
     fn judge_cut(&self, state: &DeviceState<'b>) -> Result<BTreeSet<u32>, Violation> {
@@ -201,7 +217,11 @@ impl<'b> Lengths<'_, 'b> {
 }
 
 /// Every enrolled section came, in its version, and no other (INV-S5, S7, S10). No list means that none was enrolled.
-fn check_complete(state: &DeviceState<'_>, base: u64, enrolled: &[DeviceSection]) -> Result<(), Violation> {
+fn check_complete(
+    state: &DeviceState<'_>,
+    base: u64,
+    enrolled: &[inventory::DeviceSection],
+) -> Result<(), Violation> {
     let end = base + state.end_mark as u64;
     if state.sections.is_empty() {
         return Err(Violation::new("INV-S10", end, "devices", "device sections", "none"));
