@@ -84,6 +84,9 @@ pub struct VmInspection {
     /// What was plugged into the running VM, or unplugged from it, behind the manager's back; it does not move so.
     #[serde(default)]
     pub differences: Vec<String>,
+    /// Why that is not known, where it is not.
+    #[serde(default)]
+    pub differences_missing: Option<String>,
 }
 
 /// `POST /v1/tokens`: a token for an operator or a program.

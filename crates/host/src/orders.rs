@@ -10,6 +10,7 @@ use crate::migration::registry::{Migrations, PrepareOrder, StartOrder};
 use crate::migration::source::fresh_nonce;
 use crate::migration::{Control, Input, PeerAnswer};
 use crate::qemu::plugged;
+use crate::vms::record::Record;
 use api::fleet::{self, Done, Reply, reply, to_host::Body, to_manager};
 use engine::handover::{Resolution, source, target};
 use std::str::FromStr;
@@ -150,14 +151,31 @@ impl Orders {
             .running(vm)
             .ok_or_else(|| Problem::new(ErrorCode::VmNotRunning, "the VM does not run on this host"))?;
         let record = instance.record();
-        let differences = instance.differences().await.map_err(|e| HostError::from(e).problem())?;
+        // Two answers: that one is not known must neither hide the other nor look like "nothing".
+        let (differences, differences_missing) = match instance.differences().await {
+            Ok(differences) => (differences, String::new()),
+            Err(error) => (vec![], HostError::from(error).problem().detail),
+        };
+        let (catalogue_json, catalogue_missing) = match self.catalogue_json(&record).await {
+            Ok(json) => (json, String::new()),
+            Err(problem) => (String::new(), problem.detail),
+        };
+        Ok(reply::Result::Inspected(fleet::Inspected {
+            catalogue_json,
+            differences,
+            differences_missing,
+            catalogue_missing,
+        }))
+    }
+
+    async fn catalogue_json(&self, record: &Record) -> Result<String, Problem> {
         let shape = self.daemon.vms.shape(&record.spec, &record.machine).await?;
         let catalogue_json = serde_json::to_string(&shape.catalogue).map_err(|e| bad(e.to_string()))?;
         if catalogue_json.len() > CATALOGUE_MESSAGE_BYTES_MAX {
             let text = format!("the catalogue has {} bytes, too many for one message", catalogue_json.len());
             return Err(Problem::new(ErrorCode::LimitReached, text));
         }
-        Ok(reply::Result::Inspected(fleet::Inspected { catalogue_json, differences }))
+        Ok(catalogue_json)
     }
 
     /// An operator's wish becomes this host's signed request: only a host that holds the VM makes one.
@@ -196,11 +214,11 @@ impl Orders {
     async fn spawn_agent(&self, order: fleet::SpawnAgent) -> Outcome {
         let migration: MigrationId = parse("migration", &order.migration)?;
         let side = side(&order.side)?;
-        if side == Side::Source {
-            self.expect_its_devices(parse("VM", &order.vm)?).await?;
-        }
         if let Some(idle) = lock(&self.daemon.idle_agents).get(&(migration, side)) {
             return Ok(agent_ready(&idle.ready));
+        }
+        if side == Side::Source {
+            self.expect_its_devices(parse("VM", &order.vm)?).await?;
         }
         if lock(&self.daemon.idle_agents).len() >= IDLE_AGENTS_MAX {
             return Err(Problem::new(ErrorCode::LimitReached, "too many VM agents wait for a permit here"));

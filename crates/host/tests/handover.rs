@@ -382,6 +382,10 @@ async fn a_target_without_a_catalogue_takes_a_vm_only_where_the_permit_says_so()
     lab.manager.world.lock().unwrap().profile = Some("strict+report-unvouched");
     let id = lab.migrate(3, "host-a", "host-b").await.key.migration;
     lab.manager.row("completed", id, completed).await;
+    // The report says which devices nothing vouched for.
+    let finding = lab.manager.event(id, "finding").await;
+    assert_eq!((&finding["rule"], &finding["severity"]), (&json!("INV-D2"), &json!("warning")), "{finding}");
+    assert_eq!(finding["section"], "timer", "{finding}");
     lab.a.only(0).await;
     lab.b.only(1).await;
 }
@@ -543,21 +547,23 @@ async fn what_is_plugged_in_behind_the_daemon_is_named_before_anything_moves() {
             other => panic!("{other:?}"),
         }
     };
-    let agent = async |host: &str, side| {
-        let id = types::MigrationId::from_bytes(*b"plugged behind..");
+    let agent = async |id: &[u8; 16], host: &str, side| {
+        let id = types::MigrationId::from_bytes(*id);
         lab.manager.agent(host, id, lab.spec.uuid, side).await
     };
     assert_eq!(inspect().await, [""; 0]);
-    agent("host-a", types::Side::Source).await.unwrap();
+    let before = agent(b"before it was in", "host-a", types::Side::Source).await.unwrap();
     lab.a.runs().await;
     lab.a.qmp_with("device_add", json!({"driver": "virtio-rng-pci", "id": "x"})).await;
     assert_eq!(inspect().await, ["virtio-rng-pci \"x\" was plugged in"]);
-    let refused = agent("host-a", types::Side::Source).await.unwrap_err();
+    let refused = agent(b"after it was in.", "host-a", types::Side::Source).await.unwrap_err();
     assert_eq!(refused.code, "devices-differ", "{refused:?}");
     assert!(refused.detail.contains("VM tiny") && refused.detail.contains("virtio-rng-pci"), "{refused:?}");
     assert!(refused.hint.contains("undo it"), "{refused:?}");
+    // A repeated order is answered as before.
+    assert_eq!(agent(b"before it was in", "host-a", types::Side::Source).await.unwrap(), before);
     // A target's agent is not about a VM that runs there.
-    agent("host-b", types::Side::Target).await.unwrap();
+    agent(b"after it was in.", "host-b", types::Side::Target).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

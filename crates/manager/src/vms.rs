@@ -23,7 +23,7 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 const INSPECT_LIMIT: Duration = Duration::from_secs(25);
 /// A host names a few and counts the rest.
 const DIFFERENCES_MAX: usize = 16;
-const DIFFERENCE_CHARS_MAX: usize = 200;
+const DIFFERENCE_CHARS_MAX: usize = 400;
 /// Stopping ends a process.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// Enough for every guest that fits a machine.
@@ -315,42 +315,70 @@ pub(crate) async fn inspect(manager: &Manager, name: &Name) -> Result<VmInspecti
         Problem::new(ErrorCode::VmNotRunning, format!("VM {name} was never started, so it is not enrolled"))
             .hint(format!("start it: outrider vm start {name} --on HOST"))
     })?;
-    let asked = match &row.host {
-        Some(host) => catalogue_of(manager, host, row.spec.uuid).await,
+    let looked = match &row.host {
+        Some(host) => look_at(manager, host, row.spec.uuid).await,
         None => Err(Problem::new(
             ErrorCode::VmNotRunning,
             "it runs on no host whose QEMU could describe its devices",
         )),
     };
-    let (catalogue, differences, catalogue_missing) = match asked {
-        Ok((catalogue, differences)) => (Some(catalogue), differences, None),
-        Err(problem) => (None, vec![], Some(problem.detail)),
+    let (catalogue, differences) = match looked {
+        Ok(look) => (look.catalogue, look.differences),
+        Err(problem) => (Err(problem.clone()), Err(problem)),
     };
-    let enrolment = types::inventory::Enrolment { inventory, catalogue };
-    Ok(VmInspection { vm: name.clone(), host: row.host, enrolment, catalogue_missing, differences })
+    let (catalogue, catalogue_missing) = or_why(catalogue);
+    let (differences, differences_missing) = or_why(differences);
+    Ok(VmInspection {
+        vm: name.clone(),
+        host: row.host,
+        enrolment: types::inventory::Enrolment { inventory, catalogue },
+        catalogue_missing,
+        differences: differences.unwrap_or_default(),
+        differences_missing,
+    })
 }
 
-/// The catalogue, and how the VM's devices differ from its spec.
-pub(crate) async fn catalogue_of(
-    manager: &Manager,
-    host: &HostName,
-    vm: VmId,
-) -> Result<(Catalogue, Vec<String>), Problem> {
+fn or_why<T>(answer: Result<T, Problem>) -> (Option<T>, Option<String>) {
+    match answer {
+        Ok(value) => (Some(value), None),
+        Err(problem) => (None, Some(problem.detail)),
+    }
+}
+
+/// What a host says of a VM that runs there; neither answer stands for the other.
+pub(crate) struct Look {
+    /// What its QEMU makes of the VM's devices.
+    pub(crate) catalogue: Result<Catalogue, Problem>,
+    /// How the VM's devices differ from its spec.
+    pub(crate) differences: Result<Vec<String>, Problem>,
+}
+
+/// Has a host look at one of its VMs.
+///
+/// # Errors
+/// The host is not connected or does not answer.
+pub(crate) async fn look_at(manager: &Manager, host: &HostName, vm: VmId) -> Result<Look, Problem> {
     let session = manager.fleet.require(host)?;
     let order = to_host::Body::InspectVm(InspectVm { vm: vm.to_string() });
-    let inspected = match session.order(order, INSPECT_LIMIT).await? {
+    let said = match session.order(order, INSPECT_LIMIT).await? {
         reply::Result::Inspected(inspected) => inspected,
         other => return Err(unexpected(host, "inspect-vm", &other)),
     };
     let bad = |detail: &str| Problem::new(ErrorCode::HypervisorFailed, format!("host {host}: {detail}"));
-    if inspected.catalogue_json.len() > MAX_CATALOGUE_BYTES {
-        return Err(bad("the catalogue is longer than any real one"));
-    }
-    let catalogue = serde_json::from_str(&inspected.catalogue_json)
-        .map_err(|e| bad(&format!("the catalogue cannot be read: {e}")))?;
-    let bounded = |text: String| text.chars().take(DIFFERENCE_CHARS_MAX).collect();
-    let differences = inspected.differences.into_iter().take(DIFFERENCES_MAX).map(bounded).collect();
-    Ok((catalogue, differences))
+    let bounded = |text: &str| text.chars().take(DIFFERENCE_CHARS_MAX).collect::<String>();
+    let catalogue = match said.catalogue_missing.as_str() {
+        "" if said.catalogue_json.len() > MAX_CATALOGUE_BYTES => {
+            Err(bad("the catalogue is longer than any real one"))
+        }
+        "" => serde_json::from_str(&said.catalogue_json)
+            .map_err(|e| bad(&format!("the catalogue cannot be read: {e}"))),
+        why => Err(bad(&bounded(why))),
+    };
+    let differences = match said.differences_missing.as_str() {
+        "" => Ok(said.differences.iter().take(DIFFERENCES_MAX).map(|text| bounded(text)).collect()),
+        why => Err(bad(&bounded(why))),
+    };
+    Ok(Look { catalogue, differences })
 }
 
 /// A host says that one of its VMs changed. While a migration is open, its statements say what counts.

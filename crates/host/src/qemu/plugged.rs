@@ -5,12 +5,16 @@
 use crate::qmp::{Qmp, QmpError};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::time::Duration;
 use types::vm::VmSpec;
 use types::{ErrorCode, Problem};
 
 /// Where QEMU keeps devices of `-device` and `device_add`: those with an id, and those without.
 const NAMED: &str = "/machine/peripheral";
 const UNNAMED: &str = "/machine/peripheral-anon";
+const LIST: &str = "qom-list";
+/// For each list. QEMU answers in a millisecond; the manager waits 5 s for the agent that is spawned after the look.
+const LIMIT: Duration = Duration::from_secs(1);
 /// Enough to know what happened.
 const NAMES_MAX: usize = 8;
 const NAME_CHARS_MAX: usize = 64;
@@ -23,8 +27,12 @@ type Devices = BTreeMap<(String, String), usize>;
 /// # Errors
 /// The monitor fails.
 pub async fn differences(qmp: &Qmp, spec: &VmSpec) -> Result<Vec<String>, QmpError> {
-    let list = async |path: &str| qmp.execute("qom-list", json!({"path": path})).await;
-    let live = devices(&list(NAMED).await?, &list(UNNAMED).await?);
+    let list = async |path: &str| qmp.execute_within(LIST, json!({"path": path}), LIMIT).await;
+    let live = devices(&list(NAMED).await?, &list(UNNAMED).await?).ok_or_else(|| QmpError::Refused {
+        command: LIST.to_owned(),
+        class: "GenericError".to_owned(),
+        description: "the list of devices could not be read".to_owned(),
+    })?;
     Ok(compare(&of_spec(spec), &live))
 }
 
@@ -48,11 +56,11 @@ fn of_spec(spec: &VmSpec) -> Devices {
     devices
 }
 
-/// Reads QEMU's two lists: each child is `{"name": …, "type": "child<TYPE>"}`.
-fn devices(named: &Value, unnamed: &Value) -> Devices {
+/// Reads QEMU's two lists: each child is `{"name": …, "type": "child<TYPE>"}`. What is no list is not taken for an empty one.
+fn devices(named: &Value, unnamed: &Value) -> Option<Devices> {
     let mut devices = Devices::new();
     for (list, has_id) in [(named, true), (unnamed, false)] {
-        for entry in list.as_array().into_iter().flatten() {
+        for entry in list.as_array()? {
             let text = |key: &str| entry[key].as_str().unwrap_or_default();
             let Some(kind) = text("type").strip_prefix("child<").and_then(|rest| rest.strip_suffix('>'))
             else {
@@ -62,7 +70,7 @@ fn devices(named: &Value, unnamed: &Value) -> Devices {
             *devices.entry((id.to_owned(), kind.to_owned())).or_default() += 1;
         }
     }
-    devices
+    Some(devices)
 }
 
 fn compare(expected: &Devices, live: &Devices) -> Vec<String> {
@@ -110,7 +118,7 @@ mod tests {
     }
 
     fn found(named: &[(&str, &str)], unnamed: &[(&str, &str)]) -> Vec<String> {
-        compare(&of_spec(&spec()), &devices(&list(named), &list(unnamed)))
+        compare(&of_spec(&spec()), &devices(&list(named), &list(unnamed)).expect("two lists"))
     }
 
     const DISK: (&str, &str) = ("vd0", "virtio-blk-pci");
@@ -138,6 +146,10 @@ mod tests {
         assert_eq!((found.len(), found[NAMES_MAX].as_str()), (NAMES_MAX + 1, "and 493 more"));
         assert!(problem(&spec(), &found).detail.len() < 2_000);
         let nonsense = json!({"a": [1, null]});
-        assert_eq!(compare(&of_spec(&spec()), &devices(&nonsense, &Value::Null)).len(), 2);
+        assert!(
+            devices(&nonsense, &list(&NICS)).is_none() && devices(&list(&[DISK]), &Value::Null).is_none()
+        );
+        let odd = json!([1, null, {"name": 7, "type": "child<"}]);
+        assert_eq!(devices(&odd, &list(&[])), Some(Devices::new()));
     }
 }

@@ -111,9 +111,9 @@ impl Asked {
 }
 
 async fn devices(manager: &Arc<Manager>, row: &MigrationRow) -> Result<((), &'static str), Problem> {
-    let (_, differences) = vms::catalogue_of(manager, &row.source, row.vm).await?;
+    let differences = vms::look_at(manager, &row.source, row.vm).await?.differences?;
     if differences.is_empty() {
-        return Ok(((), "the VM has the devices of its spec, and its host's QEMU can describe them"));
+        return Ok(((), "the VM has the devices of its spec"));
     }
     let detail = format!("the VM does not have the devices of its spec: {}", differences.join(", "));
     Err(Problem::new(ErrorCode::DevicesDiffer, detail))

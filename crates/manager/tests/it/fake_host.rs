@@ -52,6 +52,8 @@ pub(crate) struct Manners {
     pub(crate) available_bytes: u64,
     /// What was plugged into its VMs.
     pub(crate) plugged: Vec<String>,
+    /// Why it can't say what was.
+    pub(crate) blind: String,
 }
 
 impl Default for Manners {
@@ -66,6 +68,7 @@ impl Default for Manners {
             mumbles: false,
             available_bytes: 2 << 30,
             plugged: Vec::new(),
+            blind: String::new(),
         }
     }
 }
@@ -408,9 +411,13 @@ impl FakeHost {
             B::InspectVm(_) => {
                 let catalogue = json!({ "hypervisor": "qemu/10.0.2", "machine": "pc-q35-10.0", "layouts": [], "sections": [] });
                 let catalogue_json = catalogue.to_string();
+                let Manners { plugged: differences, blind: differences_missing, .. } =
+                    self.manners.lock().unwrap().clone();
                 Outcome::Inspected(Inspected {
                     catalogue_json,
-                    differences: self.manners.lock().unwrap().plugged.clone(),
+                    differences,
+                    differences_missing,
+                    ..Inspected::default()
                 })
             }
             B::StopVm(order) => {

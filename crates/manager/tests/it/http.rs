@@ -136,6 +136,17 @@ async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
     assert!(!allowed);
     assert_eq!(gates[5], "devices refused devices-differ");
     assert_eq!(gates[6..], ["load passed", "capacity refused insufficient-capacity"]);
+    let inspection = world.get("/v1/vms/vm/inspection").await;
+    assert_eq!(inspection["differences"], json!(["virtio-rng-pci was plugged in"]), "{inspection}");
+    // That it can't be known is neither "nothing" nor a lack of the catalogue.
+    a.manners.lock().unwrap().blind = "the monitor is busy".to_owned();
+    assert_eq!(explained(&world, &body).await.1[5], "devices refused hypervisor-failed");
+    let inspection = world.get("/v1/vms/vm/inspection").await;
+    assert!(
+        inspection["differences_missing"].as_str().unwrap().ends_with("the monitor is busy"),
+        "{inspection}"
+    );
+    assert_eq!((&inspection["differences"], &inspection["catalogue_missing"]), (&json!([]), &Value::Null));
     b.manners.lock().unwrap().refuses = vec![("query-load", "internal")];
     let (_, gates) = explained(&world, &body).await;
     assert_eq!(gates[6..], ["load refused internal", "capacity not-asked"]);

@@ -19,6 +19,9 @@ pub(crate) fn vm(v: &VmInspection, width: usize) -> String {
     if !v.differences.is_empty() {
         facts.add("Not as enrolled", format!("{}; it cannot be moved so", v.differences.join(", ")));
     }
+    if v.differences_missing != v.catalogue_missing {
+        facts.add_some("Not compared", v.differences_missing.as_ref());
+    }
     let blocks = columns(
         &["MEMORY", "LENGTH", "CONTENT"],
         inventory.ram_blocks.iter().map(block).collect(),
@@ -69,7 +72,7 @@ mod tests {
             "devices": [{"name": "timer", "instance": 0, "version": 2},
                 {"name": "0000:00:02.0/virtio-net", "instance": 0, "version": 11}]});
         let mut shown: VmInspection = serde_json::from_value(json!({"vm": "web-1", "host": "host-a",
-            "enrolment": {"inventory": inventory, "catalogue": null}, "catalogue_missing": null, "differences": []}))
+            "enrolment": {"inventory": inventory, "catalogue": null}, "catalogue_missing": null, "differences": [], "differences_missing": null}))
         .unwrap();
         if catalogue {
             let section = |name: &str, version, layout: Option<u32>, why: &str| {
@@ -84,6 +87,7 @@ mod tests {
             shown.differences = vec!["virtio-rng-pci \"rng1\" was plugged in".to_owned()];
         } else {
             shown.catalogue_missing = Some("host host-a is not connected".to_owned());
+            shown.differences_missing = Some("host host-a: qom-list was not answered".to_owned());
         }
         shown
     }
