@@ -122,8 +122,11 @@ fn install(apt: &Apt, missing: &[&Need], consent: Consent) -> Result<()> {
     );
     ensure!(agreed(&list, consent)?, "not installed: {list}");
     eprintln!("packages: installing {list}");
-    let _without_cluster =
-        missing.iter().any(|need| need.package.starts_with("postgresql")).then(WithoutCluster::new).transpose()?;
+    let _without_cluster = missing
+        .iter()
+        .any(|need| need.package.starts_with("postgresql"))
+        .then(WithoutCluster::new)
+        .transpose()?;
     let (backports, main): (Vec<&Need>, Vec<&Need>) =
         missing.iter().copied().partition(|need| need.backports);
     for (group, suite) in [(main, RELEASE.to_owned()), (backports, format!("{RELEASE}-backports"))] {

@@ -65,11 +65,8 @@ fn a_restarted_daemon_loads_the_same_key() {
     if !ready(&[]) {
         return;
     }
-    let mut platform = Platform::new();
-    let blobs = platform.tpm.create_ak().unwrap();
+    let (mut platform, blobs) = Platform::with_kept_key();
     let kept = blobs.to_bytes();
-    platform.ak = platform.tpm.load_ak(&blobs).unwrap();
-    platform.enrolled = support::enrol(&mut platform.tpm, &platform.ak);
     platform.swtpm.power_on().unwrap();
     platform.tpm = platform.swtpm.tpm().unwrap();
     let blobs = AkBlobs::from_bytes(&kept).unwrap();

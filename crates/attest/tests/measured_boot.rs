@@ -63,10 +63,7 @@ fn another_kernel_is_named_as_the_event_that_differs() {
     if !ready(&[]) {
         return;
     }
-    let mut platform = Platform::new();
-    let blobs = platform.tpm.create_ak().unwrap();
-    platform.ak = platform.tpm.load_ak(&blobs).unwrap();
-    platform.enrolled = support::enrol(&mut platform.tpm, &platform.ak);
+    let (mut platform, blobs) = Platform::with_kept_key();
     let question = binding("host-a", 1);
     let quote = |platform: &mut Platform, shown: &FirmwareLog| {
         platform.ak = platform.tpm.load_ak(&blobs).unwrap();

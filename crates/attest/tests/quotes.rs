@@ -311,10 +311,7 @@ fn a_reset_is_seen_and_an_older_copy_of_the_tpm_is_refused() {
     if !ready(&[]) {
         return;
     }
-    let mut platform = Platform::new();
-    let blobs = platform.tpm.create_ak().unwrap();
-    platform.ak = platform.tpm.load_ak(&blobs).unwrap();
-    platform.enrolled = support::enrol(&mut platform.tpm, &platform.ak);
+    let (mut platform, blobs) = Platform::with_kept_key();
     let question = binding("host-a", 1);
     let clock = |platform: &mut Platform| {
         let evidence = platform.evidence(&question);

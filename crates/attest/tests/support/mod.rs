@@ -2,11 +2,12 @@
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
-use std::io::Write;
+#[path = "../../../engine/tests/support/skip.rs"]
+mod skip;
 
 use attest::enrol::{Application, Candidate, EkRule};
 use attest::testkit::{Forge, KeyShape, Swtpm};
-use attest::tpm::{LoadedAk, Tpm};
+use attest::tpm::{AkBlobs, LoadedAk, Tpm};
 use attest::verify::{Expectation, LastSeen, appraise};
 use attest::{
     Appraised, Bank, Binding, Enrolled, Evidence, PcrIndex, PcrSelection, Purpose, ReferenceValues, Refusal,
@@ -24,12 +25,7 @@ pub fn ready(tools: &[&str]) -> bool {
     let missing = attest::testkit::missing();
     let missing = missing.or_else(|| Some(format!("{} is not installed", tools.iter().find(lacks)?)));
     let Some(reason) = missing else { return true };
-    println!("SKIPPED: {reason}");
-    if let Some(list) = std::env::var_os("OUTRIDER_SKIPS") {
-        let mut file = std::fs::OpenOptions::new().append(true).create(true).open(list).unwrap();
-        let test = std::thread::current().name().unwrap_or("a test").to_owned();
-        writeln!(file, "{} {test}: {reason}", env!("CARGO_PKG_NAME")).unwrap();
-    }
+    skip::skip(&reason);
     false
 }
 
@@ -65,6 +61,15 @@ pub struct Platform {
 }
 
 impl Platform {
+    /// With a key that outlives the TPM's power, enrolled by it.
+    pub fn with_kept_key() -> (Self, AkBlobs) {
+        let mut platform = Self::new();
+        let blobs = platform.tpm.create_ak().unwrap();
+        platform.ak = platform.tpm.load_ak(&blobs).unwrap();
+        platform.enrolled = enrol(&mut platform.tpm, &platform.ak);
+        (platform, blobs)
+    }
+
     pub fn new() -> Self {
         Self::with_key(KeyShape::Usual)
     }

@@ -10,7 +10,7 @@ mod migrating;
 mod postgres;
 mod restarting;
 mod sharing;
-#[path = "../../../registry/tests/support/skip.rs"]
+#[path = "../../../engine/tests/support/skip.rs"]
 mod skip;
 mod starting;
 mod world;

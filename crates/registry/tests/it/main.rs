@@ -13,6 +13,6 @@ mod postgres;
 mod races;
 mod records;
 mod schema;
-#[path = "../support/skip.rs"]
+#[path = "../../../engine/tests/support/skip.rs"]
 mod skip;
 mod tls;
