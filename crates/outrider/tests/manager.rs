@@ -148,6 +148,14 @@ fn an_exported_log_is_verified_without_a_manager_and_every_change_of_it_shows() 
     let (code, _, err) = manager.ask(&export);
     assert!(code == 2 && err.contains("cannot write"), "nothing is overwritten: {err}");
     let whole = std::fs::read_to_string(&file).unwrap();
+    // A log that could not be written whole is not there at all.
+    let lost = folder.path().join("lost");
+    std::fs::create_dir(&lost).unwrap();
+    let (out, bad) = (lost.join("audit.jsonl"), lost.join("no-such-folder/audit.jsonl"));
+    assert_eq!(manager.ask(&["audit", "export", "--out", bad.to_str().unwrap()]).0, 2);
+    let nobody = ["--manager", "https://127.0.0.1:9", "--out", out.to_str().unwrap()];
+    assert_eq!(manager.ask(&[&["audit", "export"][..], &nobody].concat()).0, 6);
+    assert_eq!(std::fs::read_dir(&lost).unwrap().count(), 0);
     let (_, out, _) = manager.ask(&["audit", "export"]);
     assert_eq!(out, whole);
     let own = manager.json(&["audit", "verify"]);

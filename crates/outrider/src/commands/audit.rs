@@ -2,13 +2,14 @@
 
 use super::{DONE, NEGATIVE, Outcome};
 use crate::args::{AuditCommand, ExportAudit, Format, ListAudit, VerifyAudit};
-use crate::client::{Client, next_page};
+use crate::client::{Client, ClientError, next_page};
 use crate::error::{Error, InputError};
 use crate::output::{self, lists};
 use api::http::AuditEntry;
 use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
 
 pub(super) async fn run(command: AuditCommand, format: Format) -> Outcome {
     match command {
@@ -36,26 +37,47 @@ async fn list(args: ListAudit, format: Format) -> Outcome {
     Ok(DONE)
 }
 
-/// One entry a line, whatever the format asked for. Page by page: the log may be longer than memory.
+/// One entry a line, whatever the format asked for.
 async fn export(args: ExportAudit) -> Outcome {
     let client = Client::new(&args.connection)?;
-    let name = args.out.clone().unwrap_or_else(|| PathBuf::from("standard output"));
-    let failed = |source| InputError::Write { path: name.clone(), source };
-    let mut out: Box<dyn Write> = match &args.out {
-        Some(path) => Box::new(BufWriter::new(File::create_new(path).map_err(failed)?)),
-        None => Box::new(BufWriter::new(std::io::stdout().lock())),
+    let Some(path) = &args.out else {
+        let mut out = BufWriter::new(std::io::stdout().lock());
+        return match write_log(&client, args.after, &mut out).await? {
+            // A reader that went away (`| head`) has seen what it wanted.
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+                Err(InputError::Write { path: PathBuf::from("standard output"), source: error }.into())
+            }
+            _ => Ok(DONE),
+        };
     };
-    let mut after = Some(args.after);
+    let failed = |source| InputError::Write { path: path.clone(), source };
+    if path.exists() {
+        return Err(failed(ErrorKind::AlreadyExists.into()).into());
+    }
+    // A part of a log would be taken for a whole, shorter one: the name is there once everything is.
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = NamedTempFile::new_in(folder).map_err(failed)?;
+    write_log(&client, args.after, &mut BufWriter::new(&mut file)).await?.map_err(failed)?;
+    file.as_file().sync_all().map_err(failed)?;
+    file.persist_noclobber(path).map_err(|error| failed(error.error))?;
+    Ok(DONE)
+}
+
+/// Page by page: the log may be longer than memory.
+async fn write_log(
+    client: &Client,
+    after: u64,
+    out: &mut impl Write,
+) -> Result<std::io::Result<()>, ClientError> {
+    let mut after = Some(after);
     while let Some(from) = after {
         let page = client.audit_page(from).await?;
-        match write_lines(&mut out, &page) {
-            // A reader that went away (`| head`) has seen what it wanted.
-            Err(error) if error.kind() == ErrorKind::BrokenPipe && args.out.is_none() => return Ok(DONE),
-            written => written.map_err(failed)?,
+        if let Err(error) = write_lines(out, &page) {
+            return Ok(Err(error));
         }
         after = next_page(&page, from);
     }
-    Ok(DONE)
+    Ok(Ok(()))
 }
 
 fn write_lines(out: &mut impl Write, page: &[AuditEntry]) -> std::io::Result<()> {
