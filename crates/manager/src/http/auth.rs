@@ -114,7 +114,8 @@ impl FromRequestParts<App> for Caller {
                 app.door.failed(address, now_us);
                 let detail = "the request carries no valid token";
                 Err(Problem::new(ErrorCode::Unauthenticated, detail)
-                    .hint("send `Authorization: Bearer …` with the token that the manager's first run wrote")
+                    .hint("send `Authorization: Bearer …` with the token that the manager's first run wrote, or one of `outrider token \
+                         add` that has neither expired nor been revoked")
                     .into())
             }
         }

@@ -33,7 +33,7 @@ fn added_text(added: &TokenAdded) -> String {
         false => added.may.join(", "),
     };
     format!(
-        "{} ({}) may: {may}.\nThe token is good until {} and is not shown again:\n\n  {}\n\n\
+        "{} ({}) may: {may}. Each migration is judged by itself.\nThe token is good until {} and is not shown again:\n\n  {}\n\n\
          Put it into a file that only its owner can read, and name that file in OUTRIDER_TOKEN_FILE.\n",
         output::text::clean(&view.name),
         output::text::clean(&view.role),
