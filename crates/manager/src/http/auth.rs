@@ -22,6 +22,8 @@ const FAILURES_WINDOW_US: i64 = 60_000_000;
 const ADDRESSES_LIMIT: usize = 10_000;
 /// How often a long answer looks at whether its token still holds: two seconds are promised.
 const REVOCATION_POLL: Duration = Duration::from_secs(1);
+const HINT: &str = "send `Authorization: Bearer …` with the token that the manager's first run wrote, or with one of \
+                    `outrider token add` that has neither expired nor been revoked";
 /// Tokens are 64 characters.
 const TOKEN_LIMIT_BYTES: usize = 512;
 
@@ -113,10 +115,7 @@ impl FromRequestParts<App> for Caller {
             None => {
                 app.door.failed(address, now_us);
                 let detail = "the request carries no valid token";
-                Err(Problem::new(ErrorCode::Unauthenticated, detail)
-                    .hint("send `Authorization: Bearer …` with the token that the manager's first run wrote, or one of `outrider token \
-                         add` that has neither expired nor been revoked")
-                    .into())
+                Err(Problem::new(ErrorCode::Unauthenticated, detail).hint(HINT).into())
             }
         }
     }
