@@ -1,6 +1,6 @@
 //! Two folders of migrations, one schema.
 
-use crate::place::Place;
+use crate::place::{Place, whole};
 use sqlx::Row;
 use std::collections::BTreeMap;
 
@@ -32,6 +32,37 @@ async fn both_databases_have_the_same_tables_and_columns() {
     let [sqlite, postgres] = found.try_into().unwrap();
     assert!(sqlite.len() >= 14, "{:?}", sqlite.keys());
     assert_eq!(sqlite, postgres);
+}
+
+/// A registry of the version before there were several managers, with records in it, is brought up to date and keeps them.
+#[tokio::test]
+async fn a_registry_of_the_first_version_is_brought_up_to_date_with_what_is_in_it() {
+    let place = Place::sqlite().unwrap();
+    sqlx::any::install_default_drivers();
+    let (now, full) = (place.furnished().await, "SELECT name FROM sqlite_master WHERE type = 'table'");
+    drop(now);
+    // Back to the first version: what the second one added goes, also from the list of those that were applied.
+    let mut connection = place.intruder().await;
+    let added = include_str!("../../migrations/sqlite/0002_managers.sql");
+    let names = |kind: &str| -> Vec<String> {
+        let lines = added.lines().filter_map(|line| line.strip_prefix(kind));
+        lines.filter_map(|rest| rest.split([' ', '(']).next().map(str::to_owned)).collect()
+    };
+    let tables = names("CREATE TABLE ");
+    assert!(tables.len() >= 2, "{tables:?}");
+    for table in &tables {
+        let drop = format!("DROP TABLE {table}");
+        sqlx::query(sqlx::AssertSqlSafe(drop)).execute(&mut connection).await.unwrap();
+    }
+    sqlx::query("DELETE FROM _sqlx_migrations WHERE version = 2").execute(&mut connection).await.unwrap();
+    let before = sqlx::query(full).fetch_all(&mut connection).await.unwrap().len();
+    let registry = place.open().await;
+    let after = sqlx::query(full).fetch_all(&mut connection).await.unwrap().len();
+    assert_eq!(after, before + tables.len());
+    let mut tx = registry.read("what is left").await.unwrap();
+    assert_eq!((tx.vms().await.unwrap().len(), tx.managers().await.unwrap().len()), (1, 0));
+    drop(tx);
+    whole(&registry).await;
 }
 
 async fn schema(place: &Place, sql: String) -> Schema {
