@@ -143,6 +143,8 @@ pub struct Fleet {
     pub net: Net,
     programs: Programs,
     daemons: BTreeMap<Machine, Child>,
+    /// A software TPM for each host that is to prove its platform: the machine's own, which outlives the daemon.
+    tpms: BTreeMap<Machine, Child>,
 }
 
 impl Fleet {
@@ -154,23 +156,67 @@ impl Fleet {
 
     /// The same on networks that are there.
     pub fn on(net: Net, programs: &Programs) -> Result<Self> {
-        let mut fleet = Self { net, programs: programs.clone(), daemons: BTreeMap::new() };
+        let mut fleet =
+            Self { net, programs: programs.clone(), daemons: BTreeMap::new(), tpms: BTreeMap::new() };
         fleet.configure_manager()?;
         fleet.start(Machine::Manager)?;
         Ok(fleet)
     }
 
-    /// Lays the networks, starts the manager, enrols, joins and starts both hosts.
+    /// Lays the networks, starts the manager, gives both hosts a TPM, enrols, joins and starts them.
     pub fn ready(programs: &Programs) -> Result<Self> {
         let mut fleet = Self::up(programs)?;
         for host in Machine::HOSTS {
+            fleet.give_tpm(host)?;
             fleet.enrol(host)?;
             fleet.start(host)?;
         }
         Ok(fleet)
     }
 
-    /// `outrider host add` at the manager, `outrider host join` on the host.
+    /// Puts a TPM into a host that is not enrolled yet: a swtpm with a state of its own.
+    pub fn give_tpm(&mut self, host: Machine) -> Result<()> {
+        let folder = self.net.node(host).folder()?;
+        let state = folder.join("tpm");
+        fs::create_dir_all(&state).with_context(|| format!("making {}", state.display()))?;
+        let arguments = [
+            "socket",
+            "--tpm2",
+            "--flags",
+            "not-need-init,startup-clear",
+            "--tpmstate",
+            &format!("dir={},mode=0600", state.display()),
+            "--server",
+            &format!("type=unixio,path={},mode=0600", self.tpm_socket(host).display()),
+        ];
+        let child = self.net.node(host).spawn("tpm", "swtpm", &arguments)?;
+        self.tpms.insert(host, child);
+        process::wait_for("the TPM to listen", START_LIMIT, || {
+            Ok(self.tpm_socket(host).exists().then_some(()))
+        })
+    }
+
+    /// The socket of a host's TPM, which serves one connection at a time.
+    #[must_use]
+    pub fn tpm_socket(&self, host: Machine) -> PathBuf {
+        self.net.run_folder().join(host.name()).join("tpm.sock")
+    }
+
+    fn tpm_address(&self, host: Machine) -> Option<String> {
+        self.tpms.contains_key(&host).then(|| format!("unix:{}", self.tpm_socket(host).display()))
+    }
+
+    /// The name of the endorsement key of a host's TPM, as its admin would read it there.
+    fn ek_name(&self, host: Machine) -> Result<Option<String>> {
+        let Some(address) = self.tpm_address(host) else { return Ok(None) };
+        let mut ek = self.net.node(host).command(&self.programs.outrider);
+        ek.args(["host", "ek", "--tpm", &address]);
+        let answer = run_with_input(ek, "")?;
+        ensure!(answer.status.success(), "host ek on {}: {}", host.name(), answer.stderr.trim());
+        Ok(Some(answer.stdout.trim().to_owned()))
+    }
+
+    /// `outrider host add` at the manager, `outrider host join` on the host; with `host ek` before, where it has a TPM.
     pub fn enrol(&self, host: Machine) -> Result<()> {
         let macs = format!("{},{}", host.control_mac(), host.migration_mac());
         let (control, migration) = (host.control_address(), host.migration_address());
@@ -189,6 +235,11 @@ impl Fleet {
             "--vcpus",
             "8",
         ];
+        let ek_name = self.ek_name(host)?;
+        let mut arguments = arguments.to_vec();
+        if let Some(name) = &ek_name {
+            arguments.extend(["--ek-name", name, "--record-pcrs", "0,2,4,7"]);
+        }
         let added = self.json(&arguments)?;
         let token = added["join_token"].as_str().context("host add printed no join token")?;
         self.configure_host(host)?;
@@ -376,7 +427,7 @@ impl Fleet {
     fn configure_host(&self, host: Machine) -> Result<()> {
         let folder = self.net.node(host).folder()?;
         let group = self.net.node(host).cgroup().path().display().to_string();
-        let config = json!({
+        let mut config = json!({
             "state_folder": self.state_folder(host),
             "run_folder": folder.join("run"),
             "agent_binary": self.programs.agent,
@@ -384,6 +435,9 @@ impl Fleet {
             "cgroup": format!("{}/vms", group.trim_start_matches('/')),
             "serial_log": true,
         });
+        if let Some(address) = self.tpm_address(host) {
+            config["tpm"] = address.into();
+        }
         self.write_config(host, &config)
     }
 
@@ -396,7 +450,7 @@ impl Fleet {
 
 impl Drop for Fleet {
     fn drop(&mut self) {
-        for child in self.daemons.values_mut() {
+        for child in self.daemons.values_mut().chain(self.tpms.values_mut()) {
             // A daemon that is gone already is what we want; the net's teardown ends what lives in the cgroups.
             let _gone = child.kill();
             let _reaped = child.wait();

@@ -7,7 +7,7 @@ use crate::process;
 use std::process::Command;
 
 /// Programs without which nothing here works.
-const PROGRAMS: [&str; 4] = ["ip", "nsenter", "setsid", "qemu-system-x86_64"];
+const PROGRAMS: [&str; 5] = ["ip", "nsenter", "setsid", "qemu-system-x86_64", "swtpm"];
 
 /// What is missing for namespaces and QEMU, in words; `None` when nothing is.
 #[must_use]

@@ -79,7 +79,7 @@ fn every_claim_holds() {
     let is = |path: &str, value: Value| assert_eq!(document.pointer(path), Some(&value), "{path}");
     is("/migration/state", "completed".into());
     is("/migration/mode", "precopy".into());
-    is("/migration/attestation", "unattested".into());
+    is("/migration/attestation", "attested".into());
     is("/migration/channel/protocol", "TLSv1.3".into());
     is("/migration/digests/match", true.into());
     is("/client/connection_survived", true.into());
@@ -121,6 +121,11 @@ fn a_guest_that_does_not_run_and_a_capture_that_is_not_there_are_seen() {
 fn a_migration_that_fails_is_told() {
     let claims = ["migration.state", "migration.downtime_ms", "migration.stages", "migration.digests.match"];
     flips(&["killed-target"], &claims);
+}
+
+#[test]
+fn a_host_without_a_tpm_is_told() {
+    flips(&["no-tpm"], &["migration.attestation"]);
 }
 
 #[test]

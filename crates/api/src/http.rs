@@ -27,8 +27,12 @@ pub struct HostView {
     pub spiffe_id: String,
     /// How it stands.
     pub state: HostState,
-    /// `unattested` until there is attestation.
+    /// `unattested` (its record names no TPM), `unproved` (it has not joined with it yet), `trusted` or `refused`, by the
+    /// last question; each migration asks anew.
     pub attestation: String,
+    /// Of its TPM, where its record names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<AttestationView>,
     /// From the record.
     pub control_address: String,
     /// From the record.
@@ -49,6 +53,97 @@ pub struct HostView {
     pub version: Option<String>,
     /// RFC 3339.
     pub last_seen: Option<String>,
+}
+
+/// `POST /v1/hosts/{name}/attest`: what a host's TPM says now, or said last.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttestationView {
+    /// The host.
+    pub host: HostName,
+    /// `unproved`, `trusted` or `refused`.
+    pub verdict: String,
+    /// RFC 3339; when that was found.
+    pub at: Option<String>,
+    /// Why it is refused.
+    pub reason: Option<String>,
+    /// Codes of the reasons.
+    pub reasons: Vec<String>,
+    /// Name of its endorsement key: the TPM's identity.
+    pub ek_name: Option<String>,
+    /// Name of its attestation key.
+    pub ak_name: Option<String>,
+    /// Whose reference values count: `host/NAME` or `class/NAME`.
+    pub reference: Option<String>,
+    /// Of the TPM, 16 hexadecimal digits in its vendor's numbering.
+    pub firmware_version: Option<String>,
+    /// Worth knowing, deciding nothing.
+    pub notes: Vec<String>,
+    /// Expected against found. Empty when the quote itself was not good.
+    pub pcrs: Vec<PcrView>,
+}
+
+/// One register: expected against found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PcrView {
+    /// Its number.
+    pub pcr: u8,
+    /// Its bank.
+    pub bank: String,
+    /// Whether its value is allowed now.
+    pub matches: bool,
+    /// The values that are allowed now, in hexadecimal.
+    pub expected: Vec<String>,
+    /// What they stand for, in the same order.
+    pub notes: Vec<String>,
+    /// The value that was quoted.
+    pub found: String,
+    /// Why it differs, as far as the event log tells.
+    pub explanation: Option<String>,
+}
+
+/// Reference values, as `GET /v1/references` shows them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReferenceView {
+    /// `host/NAME` or `class/NAME`.
+    pub scope: String,
+    /// BLAKE3 over the values, as appraisals name it.
+    pub digest: String,
+    /// RFC 3339.
+    pub set_at: String,
+    /// Who set them.
+    pub set_by: String,
+    /// The values; `POST /v1/references/{scope}` takes the same document.
+    pub values: serde_json::Value,
+}
+
+/// `POST /v1/references/{scope}/allow`: one more value of one register.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AllowValue {
+    /// The register, 0 to 23.
+    pub pcr: u8,
+    /// The value, in hexadecimal.
+    pub digest: String,
+    /// What it stands for, for people.
+    #[serde(default)]
+    pub note: String,
+    /// Seconds since 1970: not accepted earlier.
+    #[serde(default)]
+    pub not_before_unix_s: Option<u64>,
+    /// Seconds since 1970: not accepted later.
+    #[serde(default)]
+    pub not_after_unix_s: Option<u64>,
+}
+
+/// `POST /v1/hosts/{name}/reference`: takes the host's present state as reference.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordReference {
+    /// The registers, bank sha256.
+    pub pcrs: Vec<u8>,
+    /// For this class of hosts; left out: for this host.
+    #[serde(default)]
+    pub class: Option<Name>,
 }
 
 /// `POST /v1/vms` takes a [`VmSpec`]; this is a VM as `GET /v1/vms` shows it.

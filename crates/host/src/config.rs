@@ -1,6 +1,7 @@
 //! The daemon's configuration: one TOML file; unknown keys are errors.
 
 use crate::error::{HostError, chain};
+use crate::platform::{Address, Platform};
 use crate::vms::record::SLOT_BYTES_MAX;
 use serde::Deserialize;
 use std::net::IpAddr;
@@ -51,6 +52,15 @@ pub struct Config {
     /// User under which QEMU runs; the daemon's own when left out.
     #[serde(default)]
     pub qemu_user: Option<String>,
+    /// The TPM with which this host proves itself: `device:/dev/tpmrm0`, or the socket of a swtpm (`unix:`, `tcp:`).
+    #[serde(default)]
+    pub tpm: Option<Address>,
+    /// The firmware's event log, which explains what the TPM holds; the kernel's, where the TPM is a device.
+    #[serde(default)]
+    pub tpm_event_log: Option<PathBuf>,
+    /// Refuse permits whose other host did not prove its platform.
+    #[serde(default)]
+    pub require_attested_peer: bool,
     /// Write guests' serial consoles to `serial.log` beside their sockets. Unbounded: for the lab.
     #[serde(default)]
     pub serial_log: bool,
@@ -59,6 +69,10 @@ pub struct Config {
 /// What `outrider host join` needs.
 #[derive(Debug, Clone)]
 pub struct JoinConfig {
+    /// The TPM with which this host proves itself, if it is to.
+    pub tpm: Option<Address>,
+    /// The firmware's event log.
+    pub tpm_event_log: Option<PathBuf>,
     /// The token that `outrider host add` printed.
     pub token: String,
     /// Where keys and certificate are stored.
@@ -129,6 +143,13 @@ impl Config {
             problem.detail = format!("{}: {}", path.display(), problem.detail);
             problem
         })
+    }
+
+    /// The TPM, as far as one is named.
+    #[must_use]
+    pub fn platform(&self) -> Option<Platform> {
+        let address = self.tpm.clone()?;
+        Some(Platform::new(address, self.tpm_event_log.clone(), &self.state_folder))
     }
 
     /// What the types do not say.

@@ -7,6 +7,7 @@ use crate::folders::Folders;
 use crate::journal::{Journal, JournalError};
 use crate::outbox::Outbox;
 use crate::peer::PeerSide;
+use crate::platform::Platform;
 use crate::scanner::ScannerSpawner;
 use crate::vms::Vms;
 use api::fleet::{self, to_manager::Body};
@@ -55,6 +56,12 @@ pub struct Daemon {
     pub data_ports: PortRange,
     /// The way to other daemons.
     pub peers: PeerSide,
+    /// Its TPM, if it is to prove itself.
+    pub platform: Option<Platform>,
+    /// Of its id.
+    pub trust_domain: String,
+    /// Take no part in a migration whose other host did not prove its platform.
+    pub require_attested_peer: bool,
 }
 
 /// An agent that waits for its permit.

@@ -6,12 +6,16 @@ use crate::folders::private_folder;
 use crate::identity::{IdentityFolder, Joined, certificate_pem};
 use crate::journal::Journal;
 use crate::migration::source::fresh_nonce;
+use crate::platform::Platform;
 use crate::rpc::{client, interfaces, link_problem, status_problem};
-use api::fleet::{JoinReply, JoinRequest};
+use api::fleet::fleet_client::FleetClient;
+use api::fleet::{ChallengeRequest, JoinReply, JoinRequest, TpmProof};
+use attest::{Binding, Purpose};
 use link::control::connect_pinned;
-use link::identity::IdentityKey;
+use link::identity::{IdentityKey, csr_key_digest};
 use permit::JoinToken;
 use std::time::Duration;
+use tonic::transport::Channel;
 use types::{ErrorCode, HostName, Problem};
 
 /// The manager decides on a join in milliseconds.
@@ -31,18 +35,20 @@ pub async fn join(config: &JoinConfig) -> Result<HostName, Problem> {
     let (journal, _) = Journal::open(&config.state_folder.join("journal"), signing.clone(), fresh)
         .map_err(|e| Problem::new(ErrorCode::WrongState, chain(&e)))?;
     let key = IdentityKey::generate().map_err(|e| Problem::new(ErrorCode::Internal, chain(&e)))?;
-    let request = JoinRequest {
+    let mut request = JoinRequest {
         host: token.host.to_string(),
         token_secret: hex::encode(token.secret.expose()),
         csr_der: key.signing_request().map_err(|e| Problem::new(ErrorCode::Internal, chain(&e)))?,
         signing_key: signing.verifying_key().as_bytes().to_vec(),
         journal: journal.id().to_string(),
         interfaces: interfaces().await?,
+        tpm: None,
     };
     let manager = config.manager.clone().unwrap_or_else(|| token.manager_address.clone());
     let (connection, ca) =
         connect_pinned(&manager, &token.ca_fingerprint).await.map_err(|e| link_problem(&e))?;
     let mut client = client(connection).await?;
+    request.tpm = prove(config, &token, &request, &mut client).await?;
     let reply = tokio::time::timeout(JOIN_TIMEOUT, client.join(request))
         .await
         .map_err(|_| {
@@ -53,6 +59,46 @@ pub async fn join(config: &JoinConfig) -> Result<HostName, Problem> {
     let joined = joined(&token.host, manager, &reply);
     folder.store(&joined, &key, &chain_pem(&reply), ca.pem())?;
     Ok(token.host)
+}
+
+/// Proves this host's TPM, where its record names one.
+async fn prove(
+    config: &JoinConfig,
+    token: &JoinToken,
+    request: &JoinRequest,
+    client: &mut FleetClient<Channel>,
+) -> Result<Option<TpmProof>, Problem> {
+    let Some(address) = config.tpm.clone() else { return Ok(None) };
+    let platform = Platform::new(address, config.tpm_event_log.clone(), &config.state_folder);
+    let application = platform.application().await?;
+    let ask = ChallengeRequest {
+        host: request.host.clone(),
+        token_secret: request.token_secret.clone(),
+        application_json: serde_json::to_string(&application).map_err(|e| malformed(&e))?,
+    };
+    let asked = tokio::time::timeout(JOIN_TIMEOUT, client.challenge(ask)).await;
+    let reply = asked
+        .map_err(|_| Problem::new(ErrorCode::ManagerUnreachable, "the manager sends no challenge in time"))?
+        .map_err(|status| status_problem(&status))?
+        .into_inner();
+    if reply.id.is_empty() {
+        tracing::warn!("this host's record names no TPM: it joins unattested");
+        return Ok(None);
+    }
+    let challenge = serde_json::from_str(&reply.challenge_json).map_err(|e| malformed(&e))?;
+    let selection = serde_json::from_str(&reply.selection_json).map_err(|e| malformed(&e))?;
+    let nonce = reply.nonce.parse().map_err(|e: types::id::MalformedId| malformed(&e))?;
+    let secret = platform.open_challenge(challenge).await?;
+    let host_spki = csr_key_digest(&request.csr_der).map_err(|e| malformed(&e))?;
+    let host = format!("spiffe://{}/host/{}", reply.trust_domain, token.host).try_into();
+    let host = host.map_err(|e: &str| Problem::new(ErrorCode::BadRequest, e))?;
+    let binding = Binding { nonce, purpose: Purpose::Join, host, host_spki };
+    let evidence = platform.evidence(selection, binding.qualifying_data(), true).await?;
+    Ok(Some(TpmProof { id: reply.id, secret, evidence: evidence.to_bytes() }))
+}
+
+fn malformed(error: &dyn std::fmt::Display) -> Problem {
+    Problem::new(ErrorCode::BadRequest, format!("the challenge of the manager is malformed: {error}"))
 }
 
 /// What a reply says besides the certificate.

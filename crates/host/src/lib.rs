@@ -17,6 +17,7 @@
 //! | [`agents`], [`scanner`], [`channel`], [`peer`] | processes and sockets of one migration |
 //! | [`migration`] | the hand-over |
 //! | [`session`], [`orders`], `rpc` | the manager |
+//! | [`platform`] | the TPM |
 
 pub mod agents;
 pub mod cgroup;
@@ -34,6 +35,7 @@ pub mod migration;
 pub mod orders;
 pub mod outbox;
 pub mod peer;
+pub mod platform;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
@@ -94,6 +96,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
         Err(problem) => tracing::warn!(%problem, "no VM can be started or received here"),
     }
     daemon.spawner.refill();
+    if let Some(platform) = daemon.platform.clone() {
+        tokio::spawn(async move { platform.warm_up().await });
+    }
     let meter = LoadMeter::new(Hierarchies::detect().group(&config.cgroup).parent());
     let sampler = meter.clone();
     let keeper = SessionKeeper::new(daemon.clone(), identity, &config, meter, migrations);
@@ -159,6 +164,9 @@ fn assemble(
         migration_address: config.migration_address,
         data_ports: config.data_ports,
         peers: PeerSide { identity: identity.tls.clone(), ca: identity.ca.clone() },
+        platform: config.platform(),
+        trust_domain: identity.joined.trust_domain.clone(),
+        require_attested_peer: config.require_attested_peer,
     };
     Ok((Arc::new(daemon), ended))
 }

@@ -6,12 +6,14 @@ use crate::agents::Ready;
 use crate::daemon::{Daemon, IdleAgent, lock, now_unix_us};
 use crate::error::HostError;
 use crate::load::LoadMeter;
+use crate::migration::attempt::AttemptFile;
 use crate::migration::registry::{Migrations, PrepareOrder, StartOrder};
 use crate::migration::source::fresh_nonce;
 use crate::migration::{Control, Input, PeerAnswer};
 use crate::qemu::plugged;
 use crate::vms::record::Record;
 use api::fleet::{self, Done, Reply, reply, to_host::Body, to_manager};
+use attest::{Binding, Purpose};
 use engine::handover::{Resolution, source, target};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -20,7 +22,7 @@ use types::handover::{
     AbortReason, HandoverKey, MigrationRequest, PriorRunState, Side, Statement, StreamEvidence,
 };
 use types::vm::VmSpec;
-use types::{Epoch, ErrorCode, MigrationId, Problem, VmId};
+use types::{Digest, Epoch, ErrorCode, MigrationId, Problem, VmId};
 
 /// Agents that wait for a permit; each costs a process.
 const IDLE_AGENTS_MAX: usize = 32;
@@ -35,6 +37,8 @@ pub struct Orders {
     daemon: Arc<Daemon>,
     migrations: Arc<Migrations>,
     meter: LoadMeter,
+    /// BLAKE3 of the SubjectPublicKeyInfo with which this host holds its connection to the manager.
+    connection_key: Digest,
 }
 
 type Outcome = Result<reply::Result, Problem>;
@@ -43,7 +47,12 @@ impl Orders {
     /// For a daemon.
     #[must_use]
     pub fn new(daemon: Arc<Daemon>, migrations: Arc<Migrations>, meter: LoadMeter) -> Self {
-        Self { daemon, migrations, meter }
+        Self { daemon, migrations, meter, connection_key: Digest([0; 32]) }
+    }
+
+    /// Says with which key this host holds its connection from now on.
+    pub fn connected_with(&mut self, key: Digest) {
+        self.connection_key = key;
     }
 
     /// Takes one order; never waits.
@@ -71,6 +80,7 @@ impl Orders {
                 self.reply(id, name, taken.map(|()| done()));
             }
             Body::InspectVm(order) => self.run(id, name, async move { this.inspect_vm(order).await }),
+            Body::Quote(order) => self.run(id, name, async move { this.quote(order).await }),
             Body::Renounce(order) => self.reply(id, name, self.renounce(order)),
             Body::Decline(order) => self.reply(id, name, self.decline(&order)),
             hand_over => match self.hand_over(hand_over) {
@@ -176,6 +186,51 @@ impl Orders {
             return Err(Problem::new(ErrorCode::LimitReached, text));
         }
         Ok(catalogue_json)
+    }
+
+    /// What this host's TPM says of its state. All that the quote is bound to, but for the nonce, is what this host
+    /// itself is and holds: a question in another's name gives a quote that is of no use to him.
+    async fn quote(&self, order: fleet::Quote) -> Outcome {
+        let platform = self.daemon.platform.as_ref().ok_or_else(|| {
+            Problem::new(ErrorCode::AttestationFailed, "this host's configuration names no TPM")
+                .hint("set `tpm` in host.toml, e.g. tpm = \"device:/dev/tpmrm0\"")
+        })?;
+        let selection = json("the selection of PCRs", &order.selection_json)?;
+        let about = match order.migration.as_str() {
+            "" => None,
+            migration => Some((parse("migration", migration)?, side(&order.side)?)),
+        };
+        let host = format!("spiffe://{}/host/{}", self.daemon.trust_domain, self.daemon.name);
+        let (purpose, before_permit) = match about {
+            None => (Purpose::HostCheck, false),
+            Some(about) => self.purpose(about)?,
+        };
+        let binding = Binding {
+            nonce: parse("nonce", &order.nonce)?,
+            purpose,
+            host: host.try_into().map_err(|e: &str| bad(e.to_owned()))?,
+            host_spki: self.connection_key,
+        };
+        let evidence = platform.evidence(selection, binding.qualifying_data(), order.event_log).await?;
+        if let Some((migration, side)) = about.filter(|_| before_permit) {
+            platform.gave(migration, side, evidence.digest());
+        }
+        Ok(reply::Result::Quoted(fleet::Quoted { evidence: evidence.to_bytes() }))
+    }
+
+    /// For a side of a migration, with the key of the VM agent that waits here for its permit (and whether it does), or
+    /// works here under it.
+    fn purpose(&self, (migration, side): (MigrationId, Side)) -> Result<(Purpose, bool), Problem> {
+        let waiting = lock(&self.daemon.idle_agents).get(&(migration, side)).map(|a| a.ready.spki.clone());
+        let waits = waiting.is_some();
+        let at_work = || {
+            let file = AttemptFile::load(&self.daemon, migration)?;
+            Some(file.claims.part(side)).filter(|p| p.host == self.daemon.name).map(|p| p.agent_spki.clone())
+        };
+        let spki = waiting.or_else(at_work).ok_or_else(|| {
+            Problem::new(ErrorCode::WrongState, "this host has no VM agent for that migration")
+        })?;
+        Ok((Purpose::Migration { migration, side, agent_spki: Digest::of(&spki) }, waits))
     }
 
     /// An operator's wish becomes this host's signed request: only a host that holds the VM makes one.
@@ -466,5 +521,6 @@ fn name_of(body: &Body) -> &'static str {
         Body::Present(_) => "present",
         Body::Decline(_) => "decline",
         Body::InspectVm(_) => "inspect-vm",
+        Body::Quote(_) => "quote",
     }
 }

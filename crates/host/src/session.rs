@@ -94,9 +94,14 @@ impl SessionKeeper {
 
     /// One session, from the connection to its end.
     async fn serve(&mut self) -> Result<(), Problem> {
+        let key = self.identity.tls.current().key_digest();
         let connection = connect_manager(&self.manager, &self.identity.tls, &self.identity.ca)
             .await
             .map_err(|e| link_problem(&e))?;
+        if self.identity.tls.current().key_digest() != key {
+            return Err(Problem::new(ErrorCode::ManagerUnreachable, "the certificate was renewed meanwhile"));
+        }
+        self.orders.connected_with(key);
         let mut client = client(connection).await?;
         self.daemon.outbox.forget_replies();
         let (sender, receiver) = mpsc::channel(STREAM_MESSAGES);
@@ -220,6 +225,7 @@ impl Renewer {
             signing_key: self.daemon.key.verifying_key().as_bytes().to_vec(),
             journal,
             interfaces: interfaces().await?,
+            tpm: None,
         };
         let reply = tokio::time::timeout(RENEWAL_TIMEOUT, client.join(request))
             .await

@@ -36,7 +36,13 @@ async fn a_host_that_has_not_joined_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_join_needs_a_whole_token_and_a_manager() {
     let folder = tempfile::tempdir().unwrap();
-    let join = |token: String| JoinConfig { token, state_folder: folder.path().join("s"), manager: None };
+    let join = |token: String| JoinConfig {
+        token,
+        state_folder: folder.path().join("s"),
+        manager: None,
+        tpm: None,
+        tpm_event_log: None,
+    };
     let problem = outrider_host::join(&join("ojt1.nonsense".to_owned())).await.unwrap_err();
     assert_eq!(problem.code, ErrorCode::BadRequest);
     let manager = Manager::start(folder.path()).await;
@@ -56,7 +62,13 @@ async fn it_refuses_a_taken_folder_another_name_and_a_damaged_journal() {
     let folder = tempfile::tempdir().unwrap();
     let manager = Manager::start(folder.path()).await;
     let token = manager.token("host-a");
-    let join = JoinConfig { token, state_folder: folder.path().join("s"), manager: None };
+    let join = JoinConfig {
+        token,
+        state_folder: folder.path().join("s"),
+        manager: None,
+        tpm: None,
+        tpm_event_log: None,
+    };
     outrider_host::join(&join).await.unwrap();
 
     let named = Config { name: Some("host-x".parse().unwrap()), ..config(folder.path()) };

@@ -16,7 +16,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use types::{HostName, Name};
+use types::{Digest, HostName, Name};
+use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
@@ -241,6 +242,26 @@ pub(crate) fn parse_certificate(der: &[u8]) -> Result<X509Certificate<'_>, Ident
     }
 }
 
+/// BLAKE3 of the SubjectPublicKeyInfo of a certificate: the same for another certificate of the same key. What a
+/// platform's quote is bound to.
+///
+/// # Errors
+/// [`IdentityError::NotACertificate`].
+pub fn key_digest_of(der: &[u8]) -> Result<Digest, IdentityError> {
+    Ok(Digest::of(parse_certificate(der)?.public_key().raw))
+}
+
+/// The same of a signing request.
+///
+/// # Errors
+/// [`IdentityError::NotACertificate`].
+pub fn csr_key_digest(der: &[u8]) -> Result<Digest, IdentityError> {
+    match X509CertificationRequest::from_der(der) {
+        Ok(([], request)) => Ok(Digest::of(request.certification_request_info.subject_pki.raw)),
+        _ => Err(IdentityError::NotACertificate { why: "not a signing request" }),
+    }
+}
+
 pub(crate) fn cut(text: &str) -> String {
     text.chars().take(200).collect()
 }
@@ -302,6 +323,7 @@ pub struct TlsIdentity {
     identity: PeerIdentity,
     not_before: SystemTime,
     not_after: SystemTime,
+    key_digest: Digest,
 }
 
 impl TlsIdentity {
@@ -317,14 +339,20 @@ impl TlsIdentity {
         let leaf = chain.first().ok_or(IdentityError::NotACertificate { why: "the chain is empty" })?;
         let identity = PeerIdentity::from_certificate(leaf)?;
         let (not_before, not_after) = validity(leaf)?;
+        let key_digest = key_digest_of(leaf)?;
         let certified = CertifiedKey::from_der(chain, key, &control_provider())
             .map_err(|_| bad_key("it is not the key of the certificate"))?;
-        Ok(Self { certified: Arc::new(certified), identity, not_before, not_after })
+        Ok(Self { certified: Arc::new(certified), identity, not_before, not_after, key_digest })
     }
 
     /// Who we are with it.
     pub fn identity(&self) -> &PeerIdentity {
         &self.identity
+    }
+
+    /// BLAKE3 of the SubjectPublicKeyInfo of its key.
+    pub fn key_digest(&self) -> Digest {
+        self.key_digest
     }
 
     /// The end of its validity.

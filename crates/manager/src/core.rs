@@ -1,6 +1,7 @@
 //! What every part of the manager shares.
 
 use crate::anchor::Anchor;
+use crate::attestation::enrolment::Challenges;
 use crate::authority::Authority;
 use crate::clock;
 use crate::config::Config;
@@ -32,6 +33,8 @@ pub(crate) struct Manager {
     pub(crate) leases: Leases,
     /// Of the joins.
     pub(crate) door: Doorkeeper,
+    /// Of the TPMs of hosts that join.
+    pub(crate) challenges: Challenges,
     pub(crate) anchor: Anchor,
     /// Why the registry is not known to hold everything that it ever said, if so (H10).
     pub(crate) forgetful: OnceLock<String>,

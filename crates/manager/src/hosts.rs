@@ -1,5 +1,6 @@
 //! Hosts: enrol and show.
 
+use crate::attestation::{self, enrolment};
 use crate::clock;
 use crate::core::Manager;
 use crate::http::Caller;
@@ -70,7 +71,7 @@ fn validate(spec: &mut HostSpec) -> Result<(), Problem> {
     if spec.capacity.memory_bytes == 0 || spec.capacity.vcpus == 0 || spec.capacity.vms == 0 {
         return bad("capacity must name memory, virtual CPUs and guests, each at least 1".to_owned());
     }
-    Ok(())
+    spec.tpm.as_ref().map_or(Ok(()), enrolment::validate)
 }
 
 /// A host as the API shows it.
@@ -79,6 +80,7 @@ fn validate(spec: &mut HostSpec) -> Result<(), Problem> {
 /// The registry fails.
 pub(crate) async fn view(manager: &Manager, tx: &mut Tx, row: HostRow) -> Result<HostView, Problem> {
     let vms = tx.vms_on(row.name()).await?.into_iter().map(|vm| vm.spec.name).collect();
+    let platform = attestation::view(tx, &row).await?;
     let live = manager.fleet.live(row.name());
     let state = match (row.state, &live) {
         (Enrolment::Enrolled, _) => HostState::Enrolled,
@@ -94,7 +96,8 @@ pub(crate) async fn view(manager: &Manager, tx: &mut Tx, row: HostRow) -> Result
     Ok(HostView {
         spiffe_id: format!("spiffe://{}/host/{}", manager.config.trust_domain, row.spec.name),
         state,
-        attestation: "unattested".to_owned(),
+        attestation: platform.as_ref().map_or_else(|| "unattested".to_owned(), |p| p.verdict.clone()),
+        platform,
         control_address: row.spec.control_address.to_string(),
         migration_address: row.spec.migration_address.to_string(),
         macs: row.spec.macs,

@@ -15,6 +15,7 @@
 //! its audit entry; effects come after it, from the row. A restarted manager does what the rows say.
 
 mod anchor;
+mod attestation;
 pub mod audit_file;
 mod authority;
 mod clock;
@@ -133,6 +134,7 @@ pub async fn run_with(
         ordered: Ordered::default(),
         leases,
         door: http::Doorkeeper::default(),
+        challenges: attestation::enrolment::Challenges::default(),
         anchor: Anchor::open(&state),
         forgetful: std::sync::OnceLock::new(),
         started_us: clock::now_us(),

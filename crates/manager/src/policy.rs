@@ -40,6 +40,8 @@ pub(crate) enum Action {
     ManageTokens,
     /// Suspend, resume or terminate a migration.
     ControlMigration,
+    /// Set the values that hosts are measured against.
+    SetReference,
     /// Look at hosts, VMs and migrations.
     View,
     /// Read the audit log.
@@ -47,13 +49,14 @@ pub(crate) enum Action {
 }
 
 impl Action {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::DefineVm,
         Self::StartVm,
         Self::StopVm,
         Self::AddHost,
         Self::ManageTokens,
         Self::ControlMigration,
+        Self::SetReference,
         Self::View,
         Self::Audit,
     ];
@@ -75,6 +78,7 @@ impl Action {
             Self::AddHost => "add-host",
             Self::ManageTokens => "manage-tokens",
             Self::ControlMigration => "control-migration",
+            Self::SetReference => "set-reference",
             Self::View => "view",
             Self::Audit => "audit",
         }
@@ -92,6 +96,8 @@ pub(crate) struct HostFacts {
     pub(crate) connected: bool,
     /// Whether it is set aside.
     pub(crate) quarantined: bool,
+    /// Whether its record names a TPM, with which it must prove its platform before any permit.
+    pub(crate) attested: bool,
 }
 
 /// The proof that policy permits; names the policies that did.
@@ -337,7 +343,7 @@ fn host(facts: &HostFacts) -> Result<Entity, Problem> {
         ("zone", text(&facts.zone)),
         ("connected", RestrictedExpression::new_bool(facts.connected)),
         ("quarantined", RestrictedExpression::new_bool(facts.quarantined)),
-        ("attested", RestrictedExpression::new_bool(false)),
+        ("attested", RestrictedExpression::new_bool(facts.attested)),
     ];
     entity(uid("Host", facts.name.as_str())?, attributes, HashSet::new())
 }
@@ -363,7 +369,13 @@ mod tests {
     }
 
     fn facts(name: &str) -> HostFacts {
-        HostFacts { name: name.parse().unwrap(), zone: "z".to_owned(), connected: true, quarantined: false }
+        HostFacts {
+            name: name.parse().unwrap(),
+            zone: "z".to_owned(),
+            connected: true,
+            quarantined: false,
+            attested: false,
+        }
     }
 
     fn vm() -> VmSpec {

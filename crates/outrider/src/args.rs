@@ -65,6 +65,9 @@ pub(crate) enum Command {
     /// Make, list and revoke operators' tokens
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Set and show what hosts are expected to measure
+    #[command(subcommand)]
+    Reference(ReferenceCommand),
     /// Check policies, and test them with a table of expectations
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -165,6 +168,20 @@ pub(crate) enum HostCommand {
     List(ListHosts),
     /// Show one host
     Show(ShowHost),
+    /// Ask a host's TPM now, and show expected against found; exit code 1 when it is not trusted
+    Attest(ShowHost),
+    /// Print the name of this machine's endorsement key, for `host add --ek-name`
+    Ek(HostEk),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HostEk {
+    /// The TPM: device:/dev/tpmrm0, or a swtpm's unix:PATH or tcp:IP:PORT [default: `tpm` of the configuration file]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) tpm: Option<host::platform::Address>,
+    /// Configuration file [default: /etc/outrider/host.toml when it exists]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -232,6 +249,18 @@ pub(crate) struct HostAdd {
     /// Zone, for policy
     #[arg(long, value_name = "NAME", default_value = "")]
     pub(crate) zone: String,
+    /// Name of its TPM's endorsement key, as `outrider host ek` prints it there; without a TPM it is unattested
+    #[arg(long, value_name = "HEX", conflicts_with = "ek_vendor_roots", help_heading = "Attestation")]
+    pub(crate) ek_name: Option<String>,
+    /// Instead: certificate of a TPM vendor (PEM or DER); any TPM that it certified will do
+    #[arg(long = "ek-vendor-root", value_name = "FILE", help_heading = "Attestation")]
+    pub(crate) ek_vendor_roots: Vec<PathBuf>,
+    /// Class of hosts whose reference values count for it
+    #[arg(long, value_name = "NAME", help_heading = "Attestation")]
+    pub(crate) class: Option<Name>,
+    /// PCRs whose values at its join become its reference, e.g. 0,2,4,7
+    #[arg(long, value_name = "PCRS", value_delimiter = ',', help_heading = "Attestation")]
+    pub(crate) record_pcrs: Vec<u8>,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }
@@ -250,6 +279,9 @@ pub(crate) struct HostJoin {
     /// Dial this address instead of the one in the token
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) manager_address: Option<String>,
+    /// The TPM with which this host proves itself [default: `tpm` of the configuration file]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) tpm: Option<host::platform::Address>,
 }
 
 #[derive(Debug, Args)]
@@ -446,6 +478,97 @@ pub(crate) struct ResolveMigration {
 pub(crate) struct ShowMigration {
     /// The migration
     pub(crate) id: String,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ReferenceCommand {
+    /// List whose values are set, by whom and when
+    List(ListReferences),
+    /// Print the values of a host or a class as the document that `set` takes
+    Show(OneReference),
+    /// Set the values of a host or a class from a document (JSON)
+    Set(SetReference),
+    /// Allow one more value of a register: a planned change, registered ahead
+    Allow(AllowReference),
+    /// Take the present state of a host, which you trust, as reference
+    Record(RecordReference),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListReferences {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+/// Whose values: `host/NAME` or `class/NAME`.
+#[derive(Debug, Clone)]
+pub(crate) struct Scope(pub(crate) String);
+
+impl std::str::FromStr for Scope {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let named = match text.split_once('/') {
+            Some(("host", name)) => name.parse::<HostName>().map(|_| ()),
+            Some(("class", name)) => name.parse::<Name>().map(|_| ()),
+            _ => return Err("it is host/NAME or class/NAME".to_owned()),
+        };
+        named.map(|()| Self(text.to_owned())).map_err(|e| e.to_string())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OneReference {
+    /// host/NAME or class/NAME
+    pub(crate) scope: Scope,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SetReference {
+    /// host/NAME or class/NAME
+    pub(crate) scope: Scope,
+    /// The document; `-` reads standard input
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AllowReference {
+    /// host/NAME or class/NAME
+    pub(crate) scope: Scope,
+    /// The register, 0 to 23
+    #[arg(long, value_name = "N")]
+    pub(crate) pcr: u8,
+    /// The value
+    #[arg(long, value_name = "HEX")]
+    pub(crate) digest: String,
+    /// What it stands for, e.g. "kernel 6.1.148, change 4711"
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) note: Option<String>,
+    /// Not accepted before this time (RFC 3339)
+    #[arg(long, value_name = "TIME")]
+    pub(crate) not_before: Option<jiff::Timestamp>,
+    /// Not accepted after this time (RFC 3339)
+    #[arg(long, value_name = "TIME")]
+    pub(crate) not_after: Option<jiff::Timestamp>,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RecordReference {
+    /// The host
+    pub(crate) host: HostName,
+    /// The registers, e.g. 0,2,4,7
+    #[arg(long, value_name = "PCRS", value_delimiter = ',', required = true)]
+    pub(crate) pcrs: Vec<u8>,
+    /// Take them for this class of hosts instead of for the host
+    #[arg(long, value_name = "NAME")]
+    pub(crate) class: Option<Name>,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }

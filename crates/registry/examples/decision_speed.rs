@@ -34,6 +34,7 @@ fn host(name: &HostName) -> HostSpec {
         macs: Vec::new(),
         capacity: Capacity { memory_bytes: 1 << 40, vcpus: 8_000, vms: 8_000 },
         zone: "z".to_owned(),
+        tpm: None,
     }
 }
 

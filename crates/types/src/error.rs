@@ -62,6 +62,8 @@ codes! {
     HostUnreachable = "host-unreachable", 409, 3;
     /// A host's claim of address or MAC differs from its record.
     HostMismatch = "host-mismatch", 403, 3;
+    /// A host's TPM did not prove its platform.
+    AttestationFailed = "attestation-failed", 403, 3;
     /// The policy denies it.
     PolicyDenied = "policy-denied", 403, 3;
     /// The target lacks room.

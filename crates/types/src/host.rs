@@ -1,6 +1,6 @@
 //! A host's record and what it reports about itself.
 
-use crate::id::HostName;
+use crate::id::{HostName, Name};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 
@@ -21,6 +21,27 @@ pub struct HostSpec {
     /// Zone, for policy.
     #[serde(default)]
     pub zone: String,
+    /// The TPM with which it proves itself; without one it is unattested.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<TpmSpec>,
+}
+
+/// Which TPM a host must have, and where its reference values come from. Exactly one of `ek_name` and `vendor_roots`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TpmSpec {
+    /// Name of its endorsement key in hexadecimal, as `outrider host ek` prints it on that machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ek_name: Option<String>,
+    /// Certificates (DER in base64) of TPM vendors: any TPM that one of them certified. Weaker: it says "a genuine TPM".
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vendor_roots: Vec<String>,
+    /// Class of hosts whose reference values count, where the host has none of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<Name>,
+    /// PCRs (0 to 23, bank sha256) whose values at the join become its reference, where there is none yet.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub record_pcrs: Vec<u8>,
 }
 
 /// What a host can carry.

@@ -105,7 +105,8 @@ pub struct MigrationView {
     pub awaiting: String,
     /// What happens next by itself, and when (RFC 3339).
     pub next: Option<NextAct>,
-    /// Attestation of the two platforms: `unattested` until there is one.
+    /// Which of the hosts proved their platforms for the permit: `attested` (both), `source-attested`, `target-attested` or
+    /// `unattested`.
     pub attestation: String,
     /// Why it ended as it did, when not completed.
     pub problem: Option<Problem>,

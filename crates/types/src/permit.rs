@@ -57,6 +57,9 @@ pub struct HostPart {
     /// Raw Ed25519 key (32 bytes) with which its daemon signs votes and receipts.
     #[serde(with = "hex_bytes")]
     pub daemon_key: Vec<u8>,
+    /// Digest of the evidence (a TPM's quote) with which it proved its platform for this migration; none: unattested.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quote: Option<Digest>,
 }
 
 /// Features of QEMU's stream that a permit allows. Everything else is refused.

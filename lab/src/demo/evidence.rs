@@ -97,6 +97,12 @@ impl Evidence {
             ),
             claim("migration.permit.id", "a permit allowed it", m["permit"]["id"].is_string(), &m["permit"]),
             claim(
+                "migration.attestation",
+                "both hosts proved their state with their TPMs",
+                m["attestation"] == "attested",
+                &m["attestation"],
+            ),
+            claim(
                 "migration.digests.match",
                 "what left the source is what reached the target",
                 equal && digests["match"] == true,

@@ -38,7 +38,7 @@ pub(super) fn travel(options: &Options, say: &Narrator) -> Result<Evidence> {
     say.say("laying namespaces: manager, host-a, host-b, client; control, migration and guest networks");
     let net = Net::up()?;
     let prefix = net.prefix().to_owned();
-    let outcome = enrolled(net, &programs, say).and_then(|mut fleet| {
+    let outcome = enrolled(options, net, &programs, say).and_then(|mut fleet| {
         let outcome = cross(options, say, &image, &mut fleet).inspect_err(|_| complain(&fleet));
         Ok((fleet, outcome?))
     });
@@ -55,12 +55,18 @@ pub(super) fn travel(options: &Options, say: &Narrator) -> Result<Evidence> {
 }
 
 /// Manager up, both hosts enrolled, joined and connected.
-fn enrolled(net: Net, programs: &Programs, say: &Narrator) -> Result<Fleet> {
+fn enrolled(options: &Options, net: Net, programs: &Programs, say: &Narrator) -> Result<Fleet> {
     say.say("starting the control manager (SQLite)");
     let mut fleet = Fleet::on(net, programs)?;
     for host in Machine::HOSTS {
-        say.say(&format!("enrolling {} as an admin: host add, host join, host run", host.name()));
-        fleet.enrol(host).and_then(|()| fleet.start(host)).inspect_err(|_| complain(&fleet))?;
+        say.say(&format!(
+            "enrolling {} as an admin, by its TPM: host ek, host add, host join, host run",
+            host.name()
+        ));
+        let bare = host == Machine::HostB && options.sabotage.contains(&Sabotage::NoTpm);
+        let tpm = if bare { Ok(()) } else { fleet.give_tpm(host) };
+        let enrolled = tpm.and_then(|()| fleet.enrol(host)).and_then(|()| fleet.start(host));
+        enrolled.inspect_err(|_| complain(&fleet))?;
     }
     Ok(fleet)
 }

@@ -23,6 +23,8 @@ pub enum Sabotage {
     KilledTarget,
     /// The target's daemon is gone before the request: the migration is refused.
     LostTarget,
+    /// The target has no TPM.
+    NoTpm,
     /// The client's connection is reset.
     Client,
     /// The guest's QEMU is stopped after the migration: it runs nowhere.
@@ -73,7 +75,11 @@ pub(super) fn after_migration(
             Sabotage::StreamInClear => in_clear(fleet, b"QEVM\0\0\0\x03")?,
             Sabotage::NameInClear => in_clear(fleet, guest.name.as_bytes())?,
             Sabotage::Audit => change_audit(fleet)?,
-            Sabotage::KilledTarget | Sabotage::LostTarget | Sabotage::NoCapture | Sabotage::Leftovers => {}
+            Sabotage::KilledTarget
+            | Sabotage::LostTarget
+            | Sabotage::NoTpm
+            | Sabotage::NoCapture
+            | Sabotage::Leftovers => {}
         }
     }
     Ok(second)

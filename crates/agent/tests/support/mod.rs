@@ -214,6 +214,7 @@ pub fn claims(source: &[u8], target: &[u8]) -> PermitClaims {
         host: host.parse().unwrap(),
         agent_spki: spki.to_vec(),
         daemon_key: daemon_key(),
+        quote: None,
     };
     PermitClaims {
         version: 1,

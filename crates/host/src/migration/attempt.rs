@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use types::handover::Side;
 use types::permit::PermitClaims;
-use types::{Digest, MigrationId, Problem};
+use types::{Digest, ErrorCode, MigrationId, Problem};
 
 /// What a restarted daemon needs of an attempt besides its journal entries. None of it decides, but it holds the key
 /// of the other daemon: a target that has lost it can't verify its source's request to renounce, neither directly nor
@@ -84,11 +84,31 @@ pub fn verify(
     named_here(daemon, &daemon.key, &permit, side).map_err(|refusal| refusal.problem())?;
     if permit.claims().key.migration != migration {
         return Err(Problem::new(
-            types::ErrorCode::PermitRefused,
+            ErrorCode::PermitRefused,
             format!("the permit is for migration {}, not {migration}", permit.claims().key.migration),
         ));
     }
     Ok(permit)
+}
+
+/// The permit names the quote that this host gave for it, and one of the other host where this one demands that. Asked
+/// once for each permit, after it is known not to be a replay: what was given is forgotten.
+///
+/// # Errors
+/// `permit-refused`, saying `wrong-quote`.
+pub fn expect_quotes(daemon: &Daemon, permit: &VerifiedPermit, side: Side) -> Result<(), Problem> {
+    let claims = permit.claims();
+    let given = daemon.platform.as_ref().and_then(|p| p.given_for(claims.key.migration, side));
+    let refused = |why: &str| Err(Problem::new(ErrorCode::PermitRefused, format!("wrong-quote: {why}")));
+    if claims.part(side).quote != given {
+        return refused("the permit does not name the quote that this host gave for it");
+    }
+    if daemon.require_attested_peer && claims.part(side.other()).quote.is_none() {
+        return refused(
+            "the permit says that the other host did not prove its platform, and this host demands it",
+        );
+    }
+    Ok(())
 }
 
 fn named_here(

@@ -1,7 +1,7 @@
 //! The migrations of this host: one task each, found by id; recovered from the journal when the daemon restarts or a
 //! late message comes for one that has ended.
 
-use super::attempt::{AttemptFile, attempt, verify};
+use super::attempt::{AttemptFile, attempt, expect_quotes, verify};
 use super::source::{self, SourceShell, source_entries};
 use super::target::{self, Prepared, TargetShell, target_entries};
 use super::{Handle, INBOX_MAX, Input, Line, Machine, Mirror, PeerAnswer, hypervisor};
@@ -286,6 +286,7 @@ impl Migrations {
         if lock(&daemon.journal).ledger.contains(&permit.claims().nonce) {
             return Err(PermitRefusal::Replayed.problem());
         }
+        expect_quotes(daemon, &permit, Side::Target)?;
         AttemptFile::new(&permit, None).save(daemon).map_err(|e| e.problem())?;
         let profile = self.dooms_target(&permit, order);
         let mut store = lock(&daemon.journal);
@@ -364,6 +365,7 @@ impl Migrations {
             return Err(Problem::new(ErrorCode::WrongState, "this attempt was started here before"));
         }
         let permit = verify(daemon, &order.permit, Side::Source, order.migration)?;
+        expect_quotes(daemon, &permit, Side::Source)?;
         AttemptFile::new(&permit, Some(order.peer_address)).save(daemon).map_err(|e| e.problem())?;
         Ok(permit)
     }

@@ -64,19 +64,32 @@ const SPARE_AGENTS: usize = 1;
 impl Host {
     /// Joins and starts.
     pub async fn start(manager: &Manager, base: &Path, name: &'static str, address: &str) -> Self {
+        Self::start_with(manager, base, name, address, "").await
+    }
+
+    /// The same with more lines of configuration.
+    pub async fn start_with(
+        manager: &Manager,
+        base: &Path,
+        name: &'static str,
+        address: &str,
+        more: &str,
+    ) -> Self {
         let folder = base.join(&name[name.len() - 1..]);
         std::fs::create_dir_all(&folder).unwrap();
         let cgroup = format!("outrider-test-{}/{name}/vms", base.file_name().unwrap().to_str().unwrap());
         let config = folder.join("host.toml");
         let text = format!(
             "migration_address = '{address}'\nstate_folder = '{0}/s'\nrun_folder = '{0}/r'\ncgroup = '{cgroup}'\n\
-             agent_binary = '{1}'\ndata_ports = '{2}'\n",
+             agent_binary = '{1}'\ndata_ports = '{2}'\n{more}",
             folder.display(),
             agent().display(),
             if name == "host-a" { "17600-17619" } else { "17620-17639" },
         );
-        std::fs::write(&config, text).unwrap();
-        let join = JoinConfig { token: manager.token(name), state_folder: folder.join("s"), manager: None };
+        std::fs::write(&config, &text).unwrap();
+        let parsed = Config::parse(&text).unwrap();
+        let (token, state_folder) = (manager.token(name), folder.join("s"));
+        let join = JoinConfig { token, state_folder, manager: None, tpm: parsed.tpm, tpm_event_log: None };
         outrider_host::join(&join).await.unwrap();
         let mut host = Self { name, folder, config, cgroup, child: None };
         host.launch();

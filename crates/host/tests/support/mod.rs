@@ -30,7 +30,7 @@ use types::handover::{AbortReason, HandoverKey, PriorRunState, Statement};
 use types::inventory::Inventory;
 use types::permit::{HostPart, PermitClaims, StreamFeatures};
 use types::vm::VmSpec;
-use types::{Epoch, ErrorCode, HostName, MigrationId, Nonce, Side, VmId};
+use types::{Digest, Epoch, ErrorCode, HostName, MigrationId, Nonce, Side, VmId};
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -38,6 +38,8 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub struct World {
     sessions: BTreeMap<String, mpsc::Sender<Result<ToHost, Status>>>,
     keys: BTreeMap<String, (Vec<u8>, String)>,
+    /// Digests of the TLS keys of hosts.
+    tls_keys: BTreeMap<String, Digest>,
     replies: BTreeMap<u64, oneshot::Sender<fleet::reply::Result>>,
     next_id: u64,
     pub rows: BTreeMap<MigrationId, HandoverRow>,
@@ -234,26 +236,29 @@ impl Manager {
         }
     }
 
-    /// Issues a permit for a fresh migration; both agents are spawned.
-    pub async fn permit(&self, spec: &VmSpec, epoch: u64, from: &str, to: &str) -> (Vec<u8>, PermitClaims) {
-        let migration = MigrationId::from_bytes(random());
-        let agents = [
-            self.agent(from, migration, spec.uuid, Side::Source).await.unwrap(),
-            self.agent(to, migration, spec.uuid, Side::Target).await.unwrap(),
-        ];
+    /// What a permit says whose agents have these keys.
+    pub fn claims(
+        &self,
+        migration: MigrationId,
+        spec: &VmSpec,
+        epoch: u64,
+        [from, to]: [&str; 2],
+        agents: &[Vec<u8>; 2],
+    ) -> PermitClaims {
         let (part, journal, features, profile) = {
             let world = self.world.lock().unwrap();
             let part = |host: &str, agent: &Vec<u8>| HostPart {
                 host: host.parse().unwrap(),
                 agent_spki: agent.clone(),
                 daemon_key: world.keys[host].0.clone(),
+                quote: None,
             };
             let journal = world.keys[to].1.parse().unwrap();
             let profile = world.profile.unwrap_or("strict").to_owned();
             ([part(from, &agents[0]), part(to, &agents[1])], journal, world.features.clone(), profile)
         };
         let [source, target] = part;
-        let claims = PermitClaims {
+        PermitClaims {
             version: 1,
             key: HandoverKey {
                 migration,
@@ -275,7 +280,17 @@ impl Manager {
             features,
             inspection_profile: profile,
             compatibility: "qemu".to_owned(),
-        };
+        }
+    }
+
+    /// Issues a permit for a fresh migration; both agents are spawned.
+    pub async fn permit(&self, spec: &VmSpec, epoch: u64, from: &str, to: &str) -> (Vec<u8>, PermitClaims) {
+        let migration = MigrationId::from_bytes(random());
+        let agents = [
+            self.agent(from, migration, spec.uuid, Side::Source).await.unwrap(),
+            self.agent(to, migration, spec.uuid, Side::Target).await.unwrap(),
+        ];
+        let claims = self.claims(migration, spec, epoch, [from, to], &agents);
         let token = permit::issue(&self.permit_key, "k1", &claims).unwrap();
         let attempt = Attempt {
             key: claims.key,
@@ -288,6 +303,21 @@ impl Manager {
         };
         self.world.lock().unwrap().rows.insert(migration, HandoverRow::new(&attempt));
         (token.as_bytes().to_vec(), claims)
+    }
+
+    /// Signs other claims.
+    pub fn reissue(&self, claims: &PermitClaims) -> Vec<u8> {
+        permit::issue(&self.permit_key, "k1", claims).unwrap().as_bytes().to_vec()
+    }
+
+    /// Digest of the key with which a host holds its connection.
+    pub fn key_of(&self, host: &str) -> Digest {
+        self.world.lock().unwrap().tls_keys[host]
+    }
+
+    /// Joining hosts are not asked for a TPM, as if their records named none.
+    fn challenge(&self, _: fleet::ChallengeRequest) -> Result<fleet::ChallengeReply, Status> {
+        Ok(fleet::ChallengeReply::default())
     }
 
     pub async fn prepare(
@@ -577,6 +607,8 @@ impl Fleet for Service {
         let subject = Subject::host(&name);
         let issued = self.0.ca.issue_for(&subject, &request.csr_der, SystemTime::now(), life).unwrap();
         let mut chain = ders(&issued.chain_pem);
+        let key = link::identity::key_digest_of(&chain[0]).unwrap();
+        self.0.world.lock().unwrap().tls_keys.insert(name.to_string(), key);
         let key = &self.0.permit_key;
         Ok(Response::new(fleet::JoinReply {
             certificate_der: chain.remove(0),
@@ -588,6 +620,13 @@ impl Fleet for Service {
             certificate_not_after_unix_s: now_s() + 3600,
             trust_domain: "test.example".to_owned(),
         }))
+    }
+
+    async fn challenge(
+        &self,
+        request: Request<fleet::ChallengeRequest>,
+    ) -> Result<Response<fleet::ChallengeReply>, Status> {
+        self.0.challenge(request.into_inner()).map(Response::new)
     }
 
     async fn attach(

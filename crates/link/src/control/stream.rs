@@ -9,7 +9,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
-use crate::identity::PeerIdentity;
+use types::Digest;
+
+use crate::identity::{PeerIdentity, key_digest_of};
 
 /// A TLS connection. Serves tonic, hyper and axum as their I/O.
 #[derive(Debug)]
@@ -30,6 +32,11 @@ impl TlsConn {
     /// Who the peer proved to be; `None` where it presented no certificate (a joining host, an operator).
     pub fn peer(&self) -> Option<&PeerIdentity> {
         self.peer.as_ref()
+    }
+
+    /// BLAKE3 of the SubjectPublicKeyInfo with which the peer proved who it is; `None` as for [`Self::peer`].
+    pub fn peer_key(&self) -> Option<Digest> {
+        self.certificates().first().and_then(|der| key_digest_of(der).ok())
     }
 
     /// From where it is connected.

@@ -2,10 +2,12 @@
 //! proves the key. A host that holds its certificate may come again without a token for a fresh one.
 
 use super::service::{Caller, interfaces};
+use crate::attestation::enrolment;
 use crate::clock;
 use crate::core::Manager;
 use crate::migration::gates;
-use api::fleet::{JoinReply, JoinRequest, PermitKey};
+use api::fleet::{ChallengeReply, ChallengeRequest, JoinReply, JoinRequest, PermitKey};
+use link::identity::key_digest_of;
 use permit::VerifyingKey;
 use permit::join::JoinSecret;
 use registry::{Enrolment, HostRow, TokenUse, Tx};
@@ -50,6 +52,39 @@ pub(super) async fn join(
             drop(tx);
             Err(refused(manager, caller, &host, problem).await)
         }
+    }
+}
+
+/// A challenge for the TPM of a host that is about to join.
+///
+/// # Errors
+/// What is wrong with the token or the TPM.
+pub(super) async fn challenge(
+    manager: &Manager,
+    caller: &Caller,
+    request: ChallengeRequest,
+) -> Result<ChallengeReply, Problem> {
+    let host: HostName = request
+        .host
+        .parse()
+        .map_err(|e: types::id::MalformedId| Problem::new(ErrorCode::BadRequest, e.to_string()))?;
+    let address = caller.address.ip().to_canonical();
+    if manager.door.is_barred(address, clock::now_us()) {
+        let detail = "too many failed joins from this address";
+        return Err(Problem::new(ErrorCode::LimitReached, detail).hint("wait a minute"));
+    }
+    let challenged = async {
+        let secret = secret(&request.token_secret)?;
+        let mut tx = manager.registry.read("look at a join token").await?;
+        usable(tx.check_join_token(&secret.hash().0, &host, clock::now_us()).await?, &host)?;
+        let row = tx.host(&host).await?;
+        drop(tx);
+        let unknown = || Problem::new(ErrorCode::UnknownHost, format!("no host is named {host}"));
+        enrolment::challenge(manager, &row.ok_or_else(unknown)?, &request.application_json).await
+    };
+    match challenged.await {
+        Ok(reply) => Ok(reply),
+        Err(problem) => Err(refused(manager, caller, &host, problem).await),
     }
 }
 
@@ -110,6 +145,15 @@ async fn joined(
     };
     gates::matches_record(&row, caller.address.ip(), &reported)?;
     let issued = manager.authority.certify_host(host, &request.csr_der)?;
+    let attestation = match request.token_secret.is_empty() {
+        // Renewed is a certificate, not the trust in a platform: each migration asks it anew.
+        true => serde_json::Value::Null,
+        false => {
+            let key = key_digest_of(&issued.certificate_der)
+                .map_err(|e| Problem::new(ErrorCode::Internal, e.to_string()))?;
+            enrolment::joined(manager, tx, &row, request.tpm.as_ref(), key).await?
+        }
+    };
     tx.host_joined(host, signing_key.as_bytes(), journal, &issued.digest, &reported).await?;
     if row.state == Enrolment::Quarantined {
         tx.set_host_state(host, Enrolment::Quarantined).await?;
@@ -117,7 +161,7 @@ async fn joined(
     let action = if request.token_secret.is_empty() { "host.renew" } else { "host.join" };
     let detail = json!({
         "address": caller.address.ip(), "signing_key": signing_key.to_hex(), "journal": journal,
-        "certificate": issued.digest,
+        "certificate": issued.digest, "attestation": attestation,
     });
     tx.audit(&format!("host/{host}"), action, host.as_str(), detail).await?;
     let (key_id, public_key) = manager.authority.permit_key();

@@ -7,7 +7,10 @@ use crate::fleet::session::{HEARTBEAT_IDLE_S, HEARTBEAT_MIGRATING_S, OUTBOX_ORDE
 use crate::migration::gates;
 use crate::vms;
 use api::fleet::fleet_server::Fleet as FleetRpc;
-use api::fleet::{Hello, JoinReply, JoinRequest, PermitKey, ToHost, ToManager, Welcome, to_host, to_manager};
+use api::fleet::{
+    ChallengeReply, ChallengeRequest, Hello, JoinReply, JoinRequest, PermitKey, ToHost, ToManager, Welcome,
+    to_host, to_manager,
+};
 use futures::Stream;
 use link::control::TlsConn;
 use link::identity::PeerIdentity;
@@ -25,7 +28,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 use types::host::Interface;
-use types::{ErrorCode, HostName, Nonce, Problem};
+use types::{Digest, ErrorCode, HostName, Nonce, Problem};
 
 /// The hello follows the stream's opening at once.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
@@ -42,12 +45,14 @@ pub(crate) struct HostConnection(pub(crate) TlsConn);
 pub(crate) struct Caller {
     pub(crate) peer: Option<PeerIdentity>,
     pub(crate) address: SocketAddr,
+    /// BLAKE3 of the SubjectPublicKeyInfo of its certificate.
+    pub(crate) key: Option<Digest>,
 }
 
 impl Connected for HostConnection {
     type ConnectInfo = Caller;
     fn connect_info(&self) -> Caller {
-        Caller { peer: self.0.peer().cloned(), address: self.0.peer_address() }
+        Caller { peer: self.0.peer().cloned(), address: self.0.peer_address(), key: self.0.peer_key() }
     }
 }
 
@@ -89,6 +94,14 @@ impl FleetRpc for FleetService {
         join::join(&self.manager, &caller, request.into_inner()).await.map(Response::new).map_err(status)
     }
 
+    async fn challenge(
+        &self,
+        request: Request<ChallengeRequest>,
+    ) -> Result<Response<ChallengeReply>, Status> {
+        let caller = caller(&request)?;
+        join::challenge(&self.manager, &caller, request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
     async fn attach(&self, request: Request<Streaming<ToManager>>) -> Result<Response<ToHosts>, Status> {
         let caller = caller(&request)?;
         let mut incoming = request.into_inner();
@@ -119,7 +132,9 @@ fn status(problem: Problem) -> Status {
     };
     match problem.code {
         ErrorCode::Unauthenticated => Status::unauthenticated(text),
-        ErrorCode::Forbidden | ErrorCode::HostMismatch => Status::permission_denied(text),
+        ErrorCode::Forbidden | ErrorCode::HostMismatch | ErrorCode::AttestationFailed => {
+            Status::permission_denied(text)
+        }
         ErrorCode::UnknownHost => Status::not_found(text),
         ErrorCode::BadRequest => Status::invalid_argument(text),
         ErrorCode::RegistryUnavailable => Status::unavailable(text),
@@ -167,7 +182,10 @@ async fn enter(
     let (outbox, orders) = mpsc::channel(OUTBOX_ORDERS);
     let signing_key = permit::VerifyingKey::from_bytes(&hello.signing_key)
         .map_err(|e| Problem::new(ErrorCode::HostMismatch, format!("host {host}: {e}")))?;
-    let session = Session::new(host.clone(), caller.address.ip(), reported, signing_key, outbox);
+    let key = caller.key.ok_or_else(|| {
+        Problem::new(ErrorCode::Unauthenticated, "the certificate of the connection cannot be read")
+    })?;
+    let session = Session::new(host.clone(), caller.address.ip(), reported, signing_key, key, outbox);
     for vm in hello.vms.iter().take(vms::REPORTED_LIMIT).filter_map(|vm| vm.vm.parse().ok()) {
         session.holds(vm);
     }

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use types::host::{Interface, Load};
-use types::{ErrorCode, HostName, Problem, VmId};
+use types::{Digest, ErrorCode, HostName, Problem, VmId};
 
 /// Orders that wait for a slow host before it counts as unreachable.
 pub(crate) const OUTBOX_ORDERS: usize = 256;
@@ -35,6 +35,8 @@ pub(crate) struct Session {
     pub(crate) interfaces: Vec<Interface>,
     /// With which its daemon signs: the one of its record, which it showed in its hello.
     pub(crate) signing_key: VerifyingKey,
+    /// BLAKE3 of the SubjectPublicKeyInfo with which it holds this connection: its platform's quotes are bound to it.
+    pub(crate) key: Digest,
     outbox: mpsc::Sender<Result<ToHost, Status>>,
     pending: Mutex<BTreeMap<u64, oneshot::Sender<Reply>>>,
     next_id: AtomicU64,
@@ -51,6 +53,7 @@ impl Session {
         address: IpAddr,
         interfaces: Vec<Interface>,
         signing_key: VerifyingKey,
+        key: Digest,
         outbox: mpsc::Sender<Result<ToHost, Status>>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -58,6 +61,7 @@ impl Session {
             address,
             interfaces,
             signing_key,
+            key,
             outbox,
             pending: Mutex::default(),
             next_id: AtomicU64::new(1),
@@ -237,5 +241,6 @@ pub(crate) fn order_text(body: &to_host::Body) -> &'static str {
         B::Present(_) => "present",
         B::Decline(_) => "decline",
         B::InspectVm(_) => "inspect-vm",
+        B::Quote(_) => "quote",
     }
 }

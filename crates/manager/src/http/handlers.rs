@@ -22,7 +22,7 @@ use types::migration::{MigrationState, MigrationView};
 use types::vm::VmSpec;
 use types::{ErrorCode, MigrationId, Problem, Side};
 
-type Answer<T> = Result<Json<T>, Failure>;
+pub(super) type Answer<T> = Result<Json<T>, Failure>;
 
 /// Migrations that one listing shows.
 const LIST_LIMIT: u32 = 1_000;
@@ -60,7 +60,7 @@ pub(super) async fn method_not_allowed(uri: Uri) -> Failure {
 }
 
 /// A name or id in a path; one that is malformed names nothing.
-fn parsed<T: std::str::FromStr>(text: &str, code: ErrorCode) -> Result<T, Failure>
+pub(super) fn parsed<T: std::str::FromStr>(text: &str, code: ErrorCode) -> Result<T, Failure>
 where
     T::Err: std::fmt::Display,
 {

@@ -3,6 +3,7 @@
 mod auth;
 mod events;
 mod handlers;
+mod platforms;
 mod problem;
 
 pub(crate) use auth::{Caller, Doorkeeper};
@@ -44,6 +45,11 @@ pub(crate) fn router(manager: Arc<Manager>) -> Router {
         .route("/metrics", get(handlers::metrics))
         .route("/v1/hosts", get(handlers::hosts).post(handlers::add_host))
         .route("/v1/hosts/{name}", get(handlers::host))
+        .route("/v1/hosts/{name}/attest", post(platforms::attest))
+        .route("/v1/hosts/{name}/reference", post(platforms::record))
+        .route("/v1/references", get(platforms::references))
+        .route("/v1/references/{kind}/{name}", post(platforms::set))
+        .route("/v1/references/{kind}/{name}/allow", post(platforms::allow))
         .route("/v1/tokens", get(handlers::tokens).post(handlers::add_token))
         .route("/v1/tokens/{name}/revoke", post(handlers::revoke_token))
         .route("/v1/vms", get(handlers::vms).post(handlers::define_vm))

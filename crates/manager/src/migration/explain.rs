@@ -1,22 +1,35 @@
-//! What would become of a migration: every gate of a decision is asked, and nothing is written, spawned or moved.
+//! What would become of a migration: every gate of a decision is asked, and nothing is written, spawned or moved. (A host
+//! that is found not to be what it should is flagged, whatever it was asked for.)
 //!
 //! The answer holds for the moment in which it is given. The gates are those of the decision itself; what only a real
 //! migration can show (agents that start, a target that is prepared, a stream that passes) is not among them.
 
+use crate::attestation;
 use crate::core::Manager;
 use crate::http::Caller;
 use crate::migration::gates::{self, Grounds};
 use crate::migration::{Facts, request};
 use crate::vms;
 use api::http::{Explanation, Gate, GateOutcome, Migrate};
-use registry::MigrationRow;
+use attest::Purpose;
+use registry::{HostRow, MigrationRow};
 use std::fmt::Display;
 use std::sync::Arc;
 use types::{ErrorCode, HostName, Problem};
 
 /// The gates in the order in which they are asked.
-const NAMES: [&str; 8] =
-    ["stream", "request", "source-identity", "target-identity", "policy", "devices", "load", "capacity"];
+const NAMES: [&str; 10] = [
+    "stream",
+    "request",
+    "source-identity",
+    "target-identity",
+    "source-platform",
+    "target-platform",
+    "policy",
+    "devices",
+    "load",
+    "capacity",
+];
 
 /// Asks every gate.
 ///
@@ -76,8 +89,11 @@ impl Asked {
         promised: engine::admission::Promised,
     ) -> Result<(), Problem> {
         for host in [&grounds.source, &grounds.target] {
-            let text = "certificate, address and interfaces are those of its record; unattested";
+            let text = "certificate, address and interfaces are those of its record";
             self.gate(gates::live(manager, host).map(|_| ((), format!("{}: {text}", host.name()))))?;
+        }
+        for host in [&grounds.source, &grounds.target] {
+            self.gate(platform(manager, host).await)?;
         }
         let by = gates::authorise(manager, &Facts::of(row)?, grounds);
         self.gate(by.map(|by| ((), format!("permitted by {}", by.join(", ")))))?;
@@ -108,6 +124,16 @@ impl Asked {
         }
         Explanation { allowed, vm: order.vm.clone(), source, target: order.target.clone(), gates: self.gates }
     }
+}
+
+/// The same question as for a permit, but that no VM agent's key is in it.
+async fn platform(manager: &Manager, host: &HostRow) -> Result<((), String), Problem> {
+    let name = host.name();
+    let session = manager.fleet.require(name)?;
+    Ok(match attestation::prove(manager, host, &session, Purpose::HostCheck).await? {
+        Some(_) => ((), format!("{name}: its TPM proves the state that is expected")),
+        None => ((), format!("{name}: unattested, its record names no TPM")),
+    })
 }
 
 async fn devices(manager: &Arc<Manager>, row: &MigrationRow) -> Result<((), &'static str), Problem> {

@@ -1,10 +1,11 @@
 //! From the source's signed request to the durable grant.
 //!
 //! Gates in order, cheapest first: both live sessions against their records, policy, the target's measured load,
-//! admission; then the VM agents are spawned and give their keys; then reservation, burned epochs, permit and audit
+//! admission; then the VM agents are spawned and give their keys, and the hosts' TPMs quote over them; then reservation, burned epochs, permit and audit
 //! entry are **one transaction**. Only after it is the permit signed. Whatever is missing, stale or unreachable
 //! refuses (I7).
 
+use crate::attestation::{self, Proof};
 use crate::core::Manager;
 use crate::fleet::Session;
 use crate::migration::{Facts, permit, request};
@@ -20,7 +21,7 @@ use types::host::Load;
 use types::migration::MigrationState;
 use types::permit::HostPart;
 use types::vm::VmState;
-use types::{Epoch, ErrorCode, HandoverKey, HostName, Problem};
+use types::{Digest, Epoch, ErrorCode, HandoverKey, HostName, Problem};
 
 /// The target measures itself all the time: an answer takes a round trip.
 const LOAD_LIMIT: Duration = Duration::from_secs(2);
@@ -116,10 +117,12 @@ pub(crate) async fn decide(manager: &Arc<Manager>, row: &MigrationRow) -> Result
     admit(manager, &grounds, promised, &load)?;
     let (source_key, target_key) =
         tokio::try_join!(spawn(&source, row, Side::Source), spawn(&target, row, Side::Target))?;
+    let sides = [(&grounds.source, &*source, &source_key[..]), (&grounds.target, &*target, &target_key[..])];
+    let proofs = attestation::for_permit(manager, row.id, sides).await?;
     // Looked at again: the hosts may have gone, or come back as others, while the agents were spawned.
     live(manager, &grounds.source)?;
     live(manager, &grounds.target)?;
-    grant(manager, row, &load, &by, [source_key, target_key]).await
+    grant(manager, row, &load, &by, [source_key, target_key], &proofs).await
 }
 
 /// The session of a host, checked against its record once more: identity by its certificate, address and MACs.
@@ -164,6 +167,8 @@ pub(crate) fn authorise(manager: &Manager, facts: &Facts, grounds: &Grounds) -> 
         zone: row.spec.zone.clone(),
         connected: manager.fleet.session(row.name()).is_some(),
         quarantined: row.state == Enrolment::Quarantined,
+        // Its record names a TPM: what follows demands that it proves itself with it.
+        attested: row.spec.tpm.is_some(),
     };
     let (source, target) = (host(&grounds.source), host(&grounds.target));
     Ok(manager.policy.migrate(&who, &grounds.vm.spec, &source, &target)?.by)
@@ -193,6 +198,7 @@ pub(crate) fn unexpected(host: &HostName, order: &str, reply: &reply::Result) ->
         reply::Result::Load(_) => "load",
         reply::Result::Started(_) => "started",
         reply::Result::Inspected(_) => "inspected",
+        reply::Result::Quoted(_) => "quoted",
     };
     Problem::new(ErrorCode::Internal, format!("host {host} answered {order} with {kind:?}"))
 }
@@ -237,6 +243,7 @@ async fn grant(
     load: &Load,
     by: &[String],
     agents: [Vec<u8>; 2],
+    proofs: &[Option<Proof>; 2],
 ) -> Result<(), Problem> {
     let mut tx = manager.begin("grant a permit").await?;
     let mut row = tx
@@ -256,7 +263,12 @@ async fn grant(
     let spec = &grounds.vm.spec;
     tx.reserve(row.id, &row.target, row.vm, spec.memory_bytes, spec.vcpus).await?;
     let [source_spki, target_spki] = agents;
-    let parts = (part(&grounds.source, source_spki)?, part(&grounds.target, target_spki)?);
+    let hosts = [&grounds.source, &grounds.target];
+    let [source_quote, target_quote] = attestation::granted(&mut tx, row.id, hosts, proofs).await?;
+    let parts = (
+        part(&grounds.source, source_spki, source_quote)?,
+        part(&grounds.target, target_spki, target_quote)?,
+    );
     let features = Facts::of(&row)?.features;
     let claims =
         permit::claims(&manager.config, key, &grounds.vm, parts, journal(&grounds.target)?, features)?;
@@ -266,7 +278,8 @@ async fn grant(
     let detail = json!({
         "migration": row.id, "vm": row.vm_name, "source": row.source, "target": row.target,
         "epochs": [source_epoch, target_epoch], "nonce": claims.nonce, "spec_digest": claims.spec_digest,
-        "policies": by, "requested_by": row.requested_by, "attestation": "unattested",
+        "policies": by, "requested_by": row.requested_by,
+        "attestation": { "source": source_quote, "target": target_quote },
         "features": claims.features,
         "load": { "memory_available_bytes": load.memory_available_bytes, "scope": load.scope },
     });
@@ -276,9 +289,9 @@ async fn grant(
     Ok(())
 }
 
-fn part(host: &HostRow, agent_spki: Vec<u8>) -> Result<HostPart, Problem> {
+fn part(host: &HostRow, agent_spki: Vec<u8>, quote: Option<Digest>) -> Result<HostPart, Problem> {
     let daemon_key = host.signing_key.clone().ok_or_else(|| not_joined(host))?;
-    Ok(HostPart { host: host.name().clone(), agent_spki, daemon_key })
+    Ok(HostPart { host: host.name().clone(), agent_spki, daemon_key, quote })
 }
 
 fn journal(host: &HostRow) -> Result<types::Nonce, Problem> {

@@ -6,8 +6,8 @@ use crate::migration::{Facts, handover, reconcile};
 use engine::handover::SOURCE_SILENCE_MS;
 use engine::handover::decider::{Grounds, HandoverRow, RowState, Voided};
 use registry::{MigrationRow, PermitRow, Tx};
-use types::Problem;
 use types::migration::{MigrationState, MigrationView, NextAct, PermitView, StageView};
+use types::{Problem, Side};
 
 /// The view of a migration.
 ///
@@ -43,7 +43,7 @@ pub(crate) async fn view(
         vm_runs_on,
         awaiting,
         next,
-        attestation: "unattested".to_owned(),
+        attestation: attestation(permit.as_ref()).to_owned(),
         problem: facts.problem.clone().filter(|_| row.state != MigrationState::Completed),
         downtime_ms: facts.downtime_ms,
         total_ms: since_request(facts.released_us),
@@ -59,6 +59,17 @@ pub(crate) async fn view(
         digests: facts.digests.clone(),
         findings: facts.findings.clone(),
     })
+}
+
+/// Which of the two hosts proved its platform for the permit.
+fn attestation(permit: Option<&PermitRow>) -> &'static str {
+    let proved = |side| permit.is_some_and(|p| p.claims.part(side).quote.is_some());
+    match (proved(Side::Source), proved(Side::Target)) {
+        (true, true) => "attested",
+        (true, false) => "source-attested",
+        (false, true) => "target-attested",
+        (false, false) => "unattested",
+    }
 }
 
 fn permit_view(permit: &PermitRow) -> Option<PermitView> {

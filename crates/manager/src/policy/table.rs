@@ -97,6 +97,8 @@ struct TableHost {
     connected: bool,
     #[serde(default)]
     quarantined: bool,
+    #[serde(default)]
+    attested: bool,
 }
 
 const fn yes() -> bool {
@@ -211,6 +213,7 @@ impl Table {
             zone: host.zone.clone(),
             connected: host.connected,
             quarantined: host.quarantined,
+            attested: host.attested,
         })
     }
 

@@ -1,17 +1,20 @@
 //! A host without hypervisors: it speaks the protocol, keeps its promises (statements are "journalled" before they
 //! are sent, and repeated until they are stored), and marks where guests execute.
 
+use crate::fake_tpm::{Candour, FakeTpm};
 use crate::world::{Physical, World, mac};
 use api::fleet::fleet_client::FleetClient;
 use api::fleet::reply::Result as Outcome;
 use api::fleet::{
-    AgentReady, Done, Hello, Inspected, Interface, JoinRequest, LoadReply, MigrationEvent, Prepared, Reply,
-    RunningVm, SignedStatement, Started, ToHost, ToManager, to_host, to_manager,
+    AgentReady, ChallengeRequest, Done, Hello, Inspected, Interface, JoinRequest, LoadReply, MigrationEvent,
+    Prepared, Quoted, Reply, RunningVm, SignedStatement, Started, ToHost, ToManager, TpmProof, to_host,
+    to_manager,
 };
+use attest::{Binding, PcrSelection, Purpose};
 use hyper_util::rt::TokioIo;
 use link::ca::CaCertificate;
 use link::control::{connect_manager, connect_pinned};
-use link::identity::{IdentityKey, LiveIdentity, TlsIdentity};
+use link::identity::{IdentityKey, LiveIdentity, TlsIdentity, csr_key_digest};
 use permit::{JoinToken, KeyRing, PermitToken, SigningKey, VerifyingKey};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -54,6 +57,8 @@ pub(crate) struct Manners {
     pub(crate) plugged: Vec<String>,
     /// Why it can't say what was.
     pub(crate) blind: String,
+    /// How it speaks of its platform.
+    pub(crate) candour: Candour,
 }
 
 impl Default for Manners {
@@ -69,6 +74,7 @@ impl Default for Manners {
             available_bytes: 2 << 30,
             plugged: Vec::new(),
             blind: String::new(),
+            candour: Candour::Honest,
         }
     }
 }
@@ -109,6 +115,9 @@ pub(crate) struct FakeHost {
     pub(crate) manners: Mutex<Manners>,
     inner: Mutex<Inner>,
     outbox: Mutex<Option<mpsc::Sender<ToManager>>>,
+    pub(crate) tpm: Option<Arc<FakeTpm>>,
+    /// What it gave for each side of a migration.
+    quotes: Mutex<BTreeMap<(MigrationId, Side), Digest>>,
     /// Every order that came, in order.
     pub(crate) seen: Mutex<Vec<&'static str>>,
     /// Called with every order (before it is carried out) and statement (after it is sent).
@@ -157,9 +166,46 @@ pub(crate) struct Join {
     pub(crate) key: SigningKey,
     pub(crate) identity_key: IdentityKey,
     pub(crate) journal: Nonce,
+    pub(crate) tpm: Option<Arc<FakeTpm>>,
+    /// The TPM that answers the challenge, where it is not that which was shown.
+    pub(crate) answers: Option<Arc<FakeTpm>>,
+    /// The quote of the join is over another key than that of the signing request.
+    pub(crate) relayed: bool,
 }
 
 impl Join {
+    pub(crate) fn with_tpm(name: &str, token: &str, tpm: &Arc<FakeTpm>) -> Self {
+        Self { tpm: Some(Arc::clone(tpm)), ..Self::new(name, token) }
+    }
+
+    /// Proves the TPM, as far as it is asked to.
+    async fn prove(&self, client: &mut FleetClient<Channel>) -> Result<Option<TpmProof>, tonic::Status> {
+        let Some(tpm) = &self.tpm else { return Ok(None) };
+        let ask = ChallengeRequest {
+            host: self.name.clone(),
+            token_secret: hex::encode(self.token.secret.expose()),
+            application_json: serde_json::to_string(&tpm.application()).unwrap(),
+        };
+        let reply = client.challenge(ask).await?.into_inner();
+        if reply.id.is_empty() {
+            return Ok(None);
+        }
+        let answering = self.answers.as_ref().unwrap_or(tpm);
+        let secret = answering.activate(&reply.challenge_json).unwrap_or_default();
+        let host_spki = match self.relayed {
+            true => Digest::of(b"another"),
+            false => csr_key_digest(&self.identity_key.signing_request().unwrap()).unwrap(),
+        };
+        let binding = Binding {
+            nonce: reply.nonce.parse().unwrap(),
+            purpose: Purpose::Join,
+            host: format!("spiffe://{}/host/{}", reply.trust_domain, self.name).try_into().unwrap(),
+            host_spki,
+        };
+        let evidence = tpm.evidence(&serde_json::from_str(&reply.selection_json).unwrap(), &binding);
+        Ok(Some(TpmProof { id: reply.id, secret, evidence: evidence.to_bytes() }))
+    }
+
     pub(crate) fn new(name: &str, token: &str) -> Self {
         let mut journal = [0; 16];
         aws_lc_rs::rand::fill(&mut journal).unwrap();
@@ -170,6 +216,9 @@ impl Join {
             key: SigningKey::generate().unwrap(),
             identity_key: IdentityKey::generate().unwrap(),
             journal: Nonce::from_bytes(journal),
+            tpm: None,
+            answers: None,
+            relayed: false,
         }
     }
 
@@ -183,7 +232,9 @@ impl Join {
             connect_pinned(&hosts_port.to_string(), &fingerprint).await.map(|(connection, _)| connection)
         })
         .await?;
+        let mut client = FleetClient::new(channel);
         let request = JoinRequest {
+            tpm: self.prove(&mut client).await?,
             host: self.name.clone(),
             token_secret: hex::encode(self.token.secret.expose()),
             csr_der: self.identity_key.signing_request().unwrap(),
@@ -191,7 +242,7 @@ impl Join {
             journal: self.journal.to_string(),
             interfaces: interfaces(&self.mac),
         };
-        Ok((FleetClient::new(channel).join(request).await?.into_inner(), ca))
+        Ok((client.join(request).await?.into_inner(), ca))
     }
 }
 
@@ -201,7 +252,10 @@ impl FakeHost {
         name: &str,
         token: &str,
     ) -> Result<Arc<Self>, tonic::Status> {
-        let join = Join::new(name, token);
+        Self::join_as(world, Join::new(name, token)).await
+    }
+
+    pub(crate) async fn join_as(world: &Arc<World>, join: Join) -> Result<Arc<Self>, tonic::Status> {
         let port = world.hosts_port.lock().unwrap().unwrap();
         let (reply, ca) = join.send(port).await?;
         let chain = pem(&reply.certificate_der) + &pem(&reply.ca_der[0]);
@@ -213,7 +267,7 @@ impl FakeHost {
             );
         }
         Ok(Arc::new_cyclic(|own| Self {
-            name: name.parse().unwrap(),
+            name: join.name.parse().unwrap(),
             own: own.clone(),
             key: join.key,
             journal: join.journal,
@@ -224,6 +278,8 @@ impl FakeHost {
             manners: Mutex::default(),
             inner: Mutex::new(inner),
             outbox: Mutex::default(),
+            tpm: join.tpm,
+            quotes: Mutex::default(),
             seen: Mutex::default(),
             on_step: Mutex::default(),
             gone: Notify::new(),
@@ -431,6 +487,7 @@ impl FakeHost {
                 let seed = Digest::of(format!("{} {} {}", self.name, order.migration, order.side).as_bytes());
                 Outcome::Agent(AgentReady { spki_der: agent_spki(seed), sandbox: "test".to_owned() })
             }
+            B::Quote(order) => self.quote(&order),
             B::Prepare(order) => self.prepare(&order.migration, order.permit).await,
             B::Start(order) => self.start(&order.migration, order.permit).await,
             B::Commit(order) => self.commit(&order.key_json).await,
@@ -453,6 +510,45 @@ impl FakeHost {
             }
             B::Control(_) | B::Renounce(_) | B::Present(_) | B::Fenced(_) | B::Welcome(_) => done(),
         }
+    }
+
+    fn quote(&self, order: &api::fleet::Quote) -> Outcome {
+        let Some(tpm) = &self.tpm else { return error("attestation-failed", "no TPM") };
+        let candour = self.manners.lock().unwrap().candour;
+        let mut selection: PcrSelection = serde_json::from_str(&order.selection_json).unwrap();
+        let purpose = match order.migration.as_str() {
+            "" => Purpose::HostCheck,
+            id => {
+                let seed = Digest::of(format!("{} {id} {}", self.name, order.side).as_bytes());
+                let spki =
+                    agent_spki(if candour == Candour::OtherAgent { Digest::of(b"other") } else { seed });
+                let side = if order.side == "source" { Side::Source } else { Side::Target };
+                Purpose::Migration { migration: id.parse().unwrap(), side, agent_spki: Digest::of(&spki) }
+            }
+        };
+        let mut binding = Binding {
+            nonce: order.nonce.parse().unwrap(),
+            purpose,
+            host: format!("spiffe://outrider/host/{}", self.name).try_into().unwrap(),
+            host_spki: self.identity.current().key_digest(),
+        };
+        match candour {
+            Candour::Honest | Candour::OtherAgent => {}
+            Candour::OldNonce => binding.nonce = Nonce::from_bytes([9; 16]),
+            Candour::OtherConnection => binding.host_spki = Digest::of(b"another machine's"),
+            Candour::Garbage => {
+                return Outcome::Quoted(Quoted { evidence: b"outrEV01 and then nothing".to_vec() });
+            }
+            Candour::FewerRegisters => {
+                selection = PcrSelection::of(selection.bank(), selection.iter().skip(1));
+            }
+            Candour::Busy => return error("attestation-failed", "this host's TPM is busy"),
+        }
+        let evidence = tpm.evidence(&selection, &binding);
+        if let Purpose::Migration { migration, side, .. } = binding.purpose {
+            self.quotes.lock().unwrap().entry((migration, side)).or_insert(evidence.digest());
+        }
+        Outcome::Quoted(Quoted { evidence: evidence.to_bytes() })
     }
 
     fn is_about(&self, token: &[u8], id: MigrationId) -> bool {
@@ -516,6 +612,8 @@ impl FakeHost {
         assert_eq!(claims.key.migration, id);
         let seed = Digest::of(format!("{} {} {side}", self.name, id).as_bytes());
         assert_eq!(claims.part(side).agent_spki, agent_spki(seed), "the permit names our agent's key");
+        let given = self.quotes.lock().unwrap().get(&(id, side)).copied();
+        assert_eq!(claims.part(side).quote, given, "the permit names the quote that we gave");
         if side == Side::Target {
             assert_eq!(claims.target_journal, self.journal);
         }
@@ -779,5 +877,6 @@ fn kind_of(body: &to_host::Body) -> &'static str {
         B::Present(_) => "present",
         B::Decline(_) => "decline",
         B::InspectVm(_) => "inspect-vm",
+        B::Quote(_) => "quote",
     }
 }

@@ -119,8 +119,18 @@ async fn explained(world: &World, body: &Value) -> (bool, Vec<String>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
-    const GATES: [&str; 8] =
-        ["stream", "request", "source-identity", "target-identity", "policy", "devices", "load", "capacity"];
+    const GATES: [&str; 10] = [
+        "stream",
+        "request",
+        "source-identity",
+        "target-identity",
+        "source-platform",
+        "target-platform",
+        "policy",
+        "devices",
+        "load",
+        "capacity",
+    ];
     let world = World::new();
     let (a, b) = (world.host("host-a").await, world.host("host-b").await);
     world.ok("/v1/hosts", &host_spec("host-c")).await;
@@ -134,13 +144,13 @@ async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
     b.manners.lock().unwrap().available_bytes = 1 << 20;
     let (allowed, gates) = explained(&world, &body).await;
     assert!(!allowed);
-    assert_eq!(gates[5], "devices refused devices-differ");
-    assert_eq!(gates[6..], ["load passed", "capacity refused insufficient-capacity"]);
+    assert_eq!(gates[7], "devices refused devices-differ");
+    assert_eq!(gates[8..], ["load passed", "capacity refused insufficient-capacity"]);
     let inspection = world.get("/v1/vms/vm/inspection").await;
     assert_eq!(inspection["differences"], json!(["virtio-rng-pci was plugged in"]), "{inspection}");
     // That it can't be known is neither "nothing" nor a lack of the catalogue.
     a.manners.lock().unwrap().blind = "the monitor is busy".to_owned();
-    assert_eq!(explained(&world, &body).await.1[5], "devices refused hypervisor-failed");
+    assert_eq!(explained(&world, &body).await.1[7], "devices refused hypervisor-failed");
     let inspection = world.get("/v1/vms/vm/inspection").await;
     assert!(
         inspection["differences_missing"].as_str().unwrap().ends_with("the monitor is busy"),
@@ -149,7 +159,7 @@ async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
     assert_eq!((&inspection["differences"], &inspection["catalogue_missing"]), (&json!([]), &Value::Null));
     b.manners.lock().unwrap().refuses = vec![("query-load", "internal")];
     let (_, gates) = explained(&world, &body).await;
-    assert_eq!(gates[6..], ["load refused internal", "capacity not-asked"]);
+    assert_eq!(gates[8..], ["load refused internal", "capacity not-asked"]);
     for (vm, target, code) in [
         ("nothing", "host-b", "unknown-vm"),
         ("vm", "host-a", "target-is-source"),

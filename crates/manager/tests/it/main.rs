@@ -2,7 +2,9 @@
 //! without hypervisors).
 #![allow(clippy::unwrap_used)]
 
+mod attesting;
 mod fake_host;
+mod fake_tpm;
 mod http;
 mod joining;
 mod migrating;

@@ -2,8 +2,9 @@
 
 use super::{Client, ClientError, EventStream, INSPECT_LIMIT, REQUEST_LIMIT, VM_LIMIT};
 use api::http::{
-    AddToken, AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted, StartVm,
-    TokenAdded, TokenView, VmInspection, VmView,
+    AddToken, AllowValue, AttestationView, AuditEntry, AuditVerified, Explanation, HostAdded, HostView,
+    Migrate, MigrateAccepted, RecordReference, ReferenceView, StartVm, TokenAdded, TokenView, VmInspection,
+    VmView,
 };
 use std::collections::VecDeque;
 use types::host::HostSpec;
@@ -50,6 +51,43 @@ impl Client {
     /// Enrols a host.
     pub(crate) async fn add_host(&self, spec: &HostSpec) -> Result<HostAdded, ClientError> {
         self.post("/v1/hosts", spec, REQUEST_LIMIT).await
+    }
+
+    /// Asks a host's TPM. It may be slow, and others may stand before.
+    pub(crate) async fn attest_host(&self, name: &HostName) -> Result<AttestationView, ClientError> {
+        self.post_empty(&format!("/v1/hosts/{name}/attest"), INSPECT_LIMIT).await
+    }
+
+    /// Takes a host's present state as reference.
+    pub(crate) async fn record_reference(
+        &self,
+        name: &HostName,
+        order: &RecordReference,
+    ) -> Result<ReferenceView, ClientError> {
+        self.post(&format!("/v1/hosts/{name}/reference"), order, INSPECT_LIMIT).await
+    }
+
+    /// Every scope's reference values.
+    pub(crate) async fn references(&self) -> Result<Vec<ReferenceView>, ClientError> {
+        self.get("/v1/references").await
+    }
+
+    /// Sets reference values.
+    pub(crate) async fn set_reference(
+        &self,
+        scope: &str,
+        values: &serde_json::Value,
+    ) -> Result<ReferenceView, ClientError> {
+        self.post(&format!("/v1/references/{scope}"), values, REQUEST_LIMIT).await
+    }
+
+    /// Allows one more value.
+    pub(crate) async fn allow_value(
+        &self,
+        scope: &str,
+        order: &AllowValue,
+    ) -> Result<ReferenceView, ClientError> {
+        self.post(&format!("/v1/references/{scope}/allow"), order, REQUEST_LIMIT).await
     }
 
     /// Every VM.

@@ -1,7 +1,7 @@
 //! `manager run`, `host run`, `host join`: configuration, logging, signals, and the daemon itself.
 
 use super::{DONE, Outcome, read_input};
-use crate::args::{Format, HostJoin, HostRun, HostSettings, Log, LogFormat, ManagerRun};
+use crate::args::{Format, HostEk, HostJoin, HostRun, HostSettings, Log, LogFormat, ManagerRun};
 use crate::config::{ConfigError, load_table};
 use crate::error::{Error, InputError};
 use crate::output;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
-use types::{HostName, Problem};
+use types::{ErrorCode, HostName, Problem};
 
 const MANAGER_FILE: &str = "/etc/outrider/manager.toml";
 const HOST_FILE: &str = "/etc/outrider/host.toml";
@@ -89,6 +89,27 @@ pub(super) fn join(args: &HostJoin, format: Format) -> Outcome {
     Ok(DONE)
 }
 
+/// The endorsement key's name alone on its line, so that a script can take it.
+pub(super) fn ek(args: &HostEk, format: Format) -> Outcome {
+    let file = load_table(args.config.as_deref(), Path::new(HOST_FILE), "host.toml")?;
+    let configured = if file.is_read() { file.parse::<host::Config>()?.tpm } else { None };
+    let address = args.tpm.clone().or(configured).ok_or_else(|| {
+        let detail = "no TPM is named";
+        let hint = "give --tpm device:/dev/tpmrm0, or set `tpm` in host.toml";
+        Error::Daemon(Problem::new(ErrorCode::BadConfiguration, detail).hint(hint))
+    })?;
+    let name = block_on(async { host::platform::endorsement_key(address).await.map_err(Error::Daemon) })?;
+    let key = EndorsementKey { ek_name: name.to_string() };
+    output::print(format, &key, |key, _| format!("{}\n", key.ek_name));
+    Ok(DONE)
+}
+
+/// What `host ek` answers.
+#[derive(Serialize)]
+struct EndorsementKey {
+    ek_name: String,
+}
+
 /// What `host join` answers.
 #[derive(Serialize)]
 struct Joined {
@@ -100,9 +121,12 @@ struct Joined {
 fn join_config(args: &HostJoin) -> Result<host::JoinConfig, Error> {
     let file = load_table(args.config.as_deref(), Path::new(HOST_FILE), "host.toml")?;
     let config = if file.is_read() { Some(file.parse::<host::Config>()?) } else { None };
-    let from_file = config.map(|c| (c.state_folder, c.manager));
-    let (folder, manager) = from_file.unwrap_or_else(|| (PathBuf::from(HOST_STATE), None));
+    let from_file = config.map(|c| (c.state_folder, c.manager, c.tpm, c.tpm_event_log));
+    let (folder, manager, tpm, tpm_event_log) =
+        from_file.unwrap_or_else(|| (PathBuf::from(HOST_STATE), None, None, None));
     Ok(host::JoinConfig {
+        tpm: args.tpm.clone().or(tpm),
+        tpm_event_log,
         token: token(&args.token)?,
         state_folder: args.state.clone().unwrap_or(folder),
         manager: args.manager_address.clone().or(manager),

@@ -6,6 +6,7 @@ mod host;
 mod migrate;
 mod migration;
 mod policy;
+mod reference;
 mod token;
 mod vm;
 
@@ -37,11 +38,14 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Host(HostCommand::Add(args)) => ask(host::add(args, format)),
         Command::Host(HostCommand::List(args)) => ask(host::list(args, format)),
         Command::Host(HostCommand::Show(args)) => ask(host::show(args, format)),
+        Command::Host(HostCommand::Attest(args)) => ask(host::attest(args, format)),
+        Command::Host(HostCommand::Ek(args)) => daemon::ek(&args, format),
         Command::Vm(command) => ask(vm::run(command, format)),
         Command::Migrate(args) => ask(migrate::run(args, format)),
         Command::Migration(command) => ask(migration::run(command, format)),
         Command::Audit(command) => ask(audit::run(command, format)),
         Command::Token(command) => ask(token::run(command, format)),
+        Command::Reference(command) => ask(reference::run(command, format)),
         Command::Policy(command) => policy::run(&command, format),
         Command::Inspect(args) => crate::inspect::run(&args, format),
         Command::Doctor(args) => ask(doctor::run(args, format)),

@@ -67,7 +67,7 @@ pub(crate) fn host(h: &HostView, now: Timestamp, width: usize) -> String {
             ),
         )
         .add("Identity", &h.spiffe_id)
-        .add("Attestation", &h.attestation)
+        .add("Attestation", attestation_text(h))
         .add("Control", &h.control_address)
         .add("Migration", &h.migration_address)
         .add("MACs", join(&h.macs))
@@ -78,6 +78,11 @@ pub(crate) fn host(h: &HostView, now: Timestamp, width: usize) -> String {
         facts.add("Interface", interface_text(interface));
     }
     facts.render(width)
+}
+
+fn attestation_text(h: &HostView) -> String {
+    let reason = h.platform.as_ref().and_then(|p| p.reason.as_ref());
+    reason.map_or_else(|| h.attestation.clone(), |reason| format!("{}: {reason}", h.attestation))
 }
 
 fn load(l: &Load) -> String {

@@ -5,6 +5,7 @@ pub(crate) mod gates;
 pub(crate) mod inspection;
 pub(crate) mod layout;
 pub(crate) mod lists;
+pub(crate) mod platforms;
 pub(crate) mod policies;
 pub(crate) mod progress;
 pub(crate) mod report;

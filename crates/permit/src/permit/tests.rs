@@ -24,6 +24,7 @@ fn part(host: &str) -> HostPart {
         host: host.parse().unwrap(),
         agent_spki: public().to_spki_der(),
         daemon_key: public().as_bytes().to_vec(),
+        quote: None,
     }
 }
 

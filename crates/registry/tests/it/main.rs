@@ -8,6 +8,7 @@ mod faults;
 mod full_disk;
 mod managers;
 mod place;
+mod platforms;
 #[path = "../support/postgres.rs"]
 mod postgres;
 mod races;

@@ -90,6 +90,7 @@ pub(crate) fn host_spec(name: &str) -> HostSpec {
         macs: vec!["02:00:00:00:00:01".to_owned()],
         capacity: Capacity { memory_bytes: 1 << 32, vcpus: 8, vms: 8 },
         zone: "z1".to_owned(),
+        tpm: None,
     }
 }
 

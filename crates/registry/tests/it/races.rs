@@ -67,7 +67,8 @@ async fn contend(place: &Place, attempt: impl Fn(usize, Tx) -> Try + Send + Sync
 }
 
 fn claims(vm: &VmSpec, id: MigrationId) -> PermitClaims {
-    let part = |host| HostPart { host: name(host), agent_spki: vec![1; 44], daemon_key: vec![2; 32] };
+    let part =
+        |host| HostPart { host: name(host), agent_spki: vec![1; 44], daemon_key: vec![2; 32], quote: None };
     PermitClaims {
         version: 1,
         key: HandoverKey { migration: id, vm: vm.uuid, source_epoch: Epoch(2), target_epoch: Epoch(3) },
