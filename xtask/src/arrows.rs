@@ -27,7 +27,7 @@ const ROOMS: [Room; 16] = [
     room("outrider-engine", &["outrider-types", "outrider-wire"], IMPURE),
     room(
         "outrider-fuzz-targets",
-        &["outrider-types", "outrider-wire", "outrider-engine"],
+        &["outrider-types", "outrider-wire", "outrider-engine", "outrider-attest"],
         &["tokio", "sqlx"],
     ),
     room("outrider-sandbox", &[], NO_AGENT),

@@ -79,7 +79,7 @@ const KINDS: [Kind; 4] = [
         program: Program::Fuzz,
         count: ("--runs", 100_000_000),
         seed: "--seed",
-        paths: &["crates/engine/src/inspect", "crates/wire/src", "fuzz/targets"],
+        paths: &["crates/engine/src/inspect", "crates/wire/src", "crates/attest/src", "fuzz/targets"],
     },
     Kind {
         name: "handover-sim",

@@ -24,13 +24,16 @@ const COVERAGE: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-saniti
 const DEFAULT_RUNS: u64 = 1_000_000;
 /// Targets, their share in a thousand of the executions, and the longest input in bytes. Whole streams take a hundred
 /// times as long as frames do.
-const TARGETS: [(&str, u64, usize); 8] = [
-    ("return_path", 265, 4096),
-    ("frames", 265, 4096),
-    ("qmp", 228, 8192),
-    ("catalogue", 140, 16384),
-    ("multifd", 55, 65536),
+const TARGETS: [(&str, u64, usize); 11] = [
+    ("return_path", 215, 4096),
+    ("frames", 215, 4096),
+    ("qmp", 198, 8192),
+    ("catalogue", 130, 16384),
+    ("tpm_structures", 75, 1024),
+    ("multifd", 50, 65536),
+    ("event_log", 50, 16384),
     ("main_channel", 25, 65536),
+    ("evidence", 20, 8192),
     ("whole_stream", 12, 128),
     ("device_state", 10, 65536),
 ];

@@ -11,11 +11,15 @@
 //! | `catalogue` | a catalogue, a dump | what is read is sound |
 //! | `frames` | frames between agents | any split gives the same frames |
 //! | `qmp` | a monitor's line | |
+//! | `evidence` | what a host says of its platform | what is read writes back; what is not signed is not trusted |
+//! | `event_log` | a firmware's event log | a log does not differ from itself |
+//! | `tpm_structures` | an attestation, a key, a signature | a key writes back |
 
 #[path = "../../../crates/engine/tests/support/mod.rs"]
 #[allow(missing_docs)]
 mod support;
 
+mod attestation;
 mod channels;
 mod streams;
 
@@ -32,6 +36,9 @@ pub const TARGETS: &[Target] = &[
     ("return_path", channels::return_path),
     ("frames", channels::frames),
     ("qmp", channels::qmp),
+    ("evidence", attestation::evidence),
+    ("event_log", attestation::event_log),
+    ("tpm_structures", attestation::structures),
 ];
 
 /// The target of that name.
@@ -55,6 +62,9 @@ pub fn seeds(name: &str) -> Vec<Vec<u8>> {
             br#"{"return": {}, "id": 1}"#.to_vec(),
             br#"{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}"#.to_vec(),
         ],
+        "evidence" => vec![attestation::evidence_seed()],
+        "event_log" => vec![attestation::event_log_seed()],
+        "tpm_structures" => attestation::structure_seeds(),
         _ => Vec::new(),
     }
 }
