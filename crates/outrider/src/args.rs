@@ -494,6 +494,8 @@ pub(crate) enum ReferenceCommand {
     Allow(AllowReference),
     /// Take the present state of a host, which you trust, as reference
     Record(RecordReference),
+    /// Forget the values of a host or a class: the host falls back to its class, or proves nothing any more
+    Remove(OneReference),
 }
 
 #[derive(Debug, Args)]

@@ -175,6 +175,26 @@ pub(crate) async fn allow(
     Ok(held)
 }
 
+/// Forgets a scope's values: a host falls back to its class, and without one it proves nothing any more.
+///
+/// # Errors
+/// `bad-request`: there are none.
+pub(crate) async fn remove(
+    manager: &Manager,
+    caller: &Caller,
+    scope: &str,
+) -> Result<Vec<ReferenceView>, Problem> {
+    let mut tx = manager.begin("remove reference values").await?;
+    if !tx.remove_reference(scope).await? {
+        let detail = format!("there are no reference values for {scope}");
+        return Err(Problem::new(ErrorCode::BadRequest, detail).hint("`outrider reference list` shows all"));
+    }
+    tx.audit(&caller.audit_name(), "reference.remove", scope, json!({})).await?;
+    let rows = tx.references().await?;
+    tx.commit().await?;
+    rows.into_iter().map(view).collect()
+}
+
 /// Takes the present state of a host, which an admin trusts, as reference: of that host, or of a class.
 ///
 /// # Errors

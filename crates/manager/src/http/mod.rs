@@ -50,6 +50,7 @@ pub(crate) fn router(manager: Arc<Manager>) -> Router {
         .route("/v1/references", get(platforms::references))
         .route("/v1/references/{kind}/{name}", post(platforms::set))
         .route("/v1/references/{kind}/{name}/allow", post(platforms::allow))
+        .route("/v1/references/{kind}/{name}/remove", post(platforms::remove))
         .route("/v1/tokens", get(handlers::tokens).post(handlers::add_token))
         .route("/v1/tokens/{name}/revoke", post(handlers::revoke_token))
         .route("/v1/vms", get(handlers::vms).post(handlers::define_vm))

@@ -61,3 +61,13 @@ pub(super) async fn allow(
     let scope = reference::scope(&kind, &name)?;
     Ok(Json(reference::allow(&app.manager, &caller, &scope, order).await?))
 }
+
+pub(super) async fn remove(
+    State(app): State<App>,
+    caller: Caller,
+    Path((kind, name)): Path<(String, String)>,
+) -> Answer<Vec<ReferenceView>> {
+    caller.may(&app, Action::SetReference)?;
+    let scope = reference::scope(&kind, &name)?;
+    Ok(Json(reference::remove(&app.manager, &caller, &scope).await?))
+}

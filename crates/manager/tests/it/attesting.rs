@@ -205,6 +205,14 @@ async fn a_changed_platform_moves_nothing_until_its_value_is_allowed() {
     // Recorded anew, as a class; what is malformed is refused.
     let class = json!({ "pcrs": [0, 7], "class": "rack" });
     assert_eq!(world.ok("/v1/hosts/host-a/reference", &class).await["scope"], "class/rack");
+    // Without values of its own, and without a class, it is held against nothing, and that is no pass.
+    world.ok("/v1/references/host/host-a/remove", &json!({})).await;
+    assert_eq!(world.post("/v1/references/host/host-a/remove", &json!({})).await.code(), "bad-request");
+    let seen = world.ok("/v1/hosts/host-a/attest", &json!({})).await;
+    assert_eq!((&seen["verdict"], &seen["reference"]), (&json!("refused"), &json!(null)), "{seen}");
+    let mine = json!({ "pcrs": [0, 4, 7] });
+    world.ok("/v1/hosts/host-a/reference", &mine).await;
+    assert_eq!(world.ok("/v1/hosts/host-a/attest", &json!({})).await["verdict"], "trusted");
     for (path, body, part) in [
         ("/v1/hosts/host-a/reference", json!({ "pcrs": [] }), "no PCR"),
         ("/v1/hosts/host-a/reference", json!({ "pcrs": [77] }), "no PCR 77"),

@@ -81,6 +81,11 @@ impl Client {
         self.post(&format!("/v1/references/{scope}"), values, REQUEST_LIMIT).await
     }
 
+    /// Forgets reference values; those that are left.
+    pub(crate) async fn remove_reference(&self, scope: &str) -> Result<Vec<ReferenceView>, ClientError> {
+        self.post_empty(&format!("/v1/references/{scope}/remove"), REQUEST_LIMIT).await
+    }
+
     /// Allows one more value.
     pub(crate) async fn allow_value(
         &self,

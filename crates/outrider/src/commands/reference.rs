@@ -26,6 +26,11 @@ pub(super) async fn run(command: ReferenceCommand, format: Format) -> Outcome {
             output::print_json(&found.values);
             return Ok(DONE);
         }
+        ReferenceCommand::Remove(args) => {
+            let left = Client::new(&args.connection)?.remove_reference(&args.scope.0).await?;
+            output::print(format, &left, |left, width| platforms::references(left, width));
+            return Ok(DONE);
+        }
         ReferenceCommand::Set(args) => {
             let text = read_input(&args.file, DOCUMENT_LIMIT_BYTES)?;
             let values = serde_json::from_str(&text).map_err(|e| InputError::Malformed {
