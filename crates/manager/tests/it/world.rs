@@ -320,7 +320,12 @@ impl World {
 
     /// A host that is enrolled, joined, and attached.
     pub(crate) async fn host(self: &Arc<Self>, name: &str) -> Arc<FakeHost> {
-        let token = self.ok("/v1/hosts", &host_spec(name)).await["join_token"].as_str().unwrap().to_owned();
+        self.host_of(name, host_spec(name)).await
+    }
+
+    /// The same with a record of its own.
+    pub(crate) async fn host_of(self: &Arc<Self>, name: &str, spec: Value) -> Arc<FakeHost> {
+        let token = self.ok("/v1/hosts", &spec).await["join_token"].as_str().unwrap().to_owned();
         let host = FakeHost::join(self, name, &token).await.unwrap();
         host.attach();
         self.until(format!("{name} is connected"), async || {

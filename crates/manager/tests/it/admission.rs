@@ -1,0 +1,152 @@
+//! Room on a target: who gets it when many ask at once, and that a grant is whole or not there.
+
+use crate::fake_host::FakeHost;
+use crate::postgres::Cluster;
+use crate::skip;
+use crate::world::{World, host_spec, intent};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Requests at once.
+const REQUESTS: u8 = 12;
+/// For how many of them the target has room.
+const ROOM: usize = 3;
+
+/// Twelve VMs on one host, and a target that holds three of them.
+async fn crowd(world: &Arc<World>) -> [Arc<FakeHost>; 2] {
+    let mut wide = host_spec("host-a");
+    wide["capacity"] = json!({ "memory_bytes": 64_u64 << 30, "vcpus": 64, "vms": 64 });
+    let mut narrow = host_spec("host-b");
+    narrow["capacity"] = json!({ "memory_bytes": 64_u64 << 30, "vcpus": 64, "vms": ROOM });
+    let hosts = [world.host_of("host-a", wide).await, world.host_of("host-b", narrow).await];
+    for host in &hosts {
+        host.manners.lock().unwrap().flows = false;
+    }
+    for number in 1..=REQUESTS {
+        world.vm(&format!("vm-{number}"), number, "host-a").await;
+    }
+    hosts
+}
+
+async fn ask_at_once(world: &Arc<World>) {
+    let names: Vec<_> = (1..=REQUESTS).map(|number| format!("vm-{number}")).collect();
+    let asked = names.iter().map(|vm| world.post_owned("/v1/migrations", intent(vm, "host-b")));
+    for answer in futures::future::join_all(asked).await {
+        assert_eq!(answer.status, 202, "{}", answer.body);
+    }
+}
+
+/// How many migrations are in each state, with the code of their problem.
+async fn tally(world: &Arc<World>) -> BTreeMap<String, usize> {
+    let mut tally = BTreeMap::new();
+    for view in world.get("/v1/migrations").await.as_array().unwrap() {
+        let code = view["problem"]["code"].as_str().unwrap_or("-");
+        *tally.entry(format!("{} {code}", view["state"].as_str().unwrap())).or_default() += 1;
+    }
+    tally
+}
+
+async fn decided(world: &Arc<World>) -> BTreeMap<String, usize> {
+    let undecided = ["requested", "deciding", "setup"];
+    world
+        .until("all are decided", async || {
+            let tally = tally(world).await;
+            tally.values().sum::<usize>() == usize::from(REQUESTS)
+                && !tally.keys().any(|k| undecided.iter().any(|u| k.starts_with(u)))
+        })
+        .await;
+    tally(world).await
+}
+
+/// Permit, reservation and audit entry are there together, for exactly as many as there is room.
+async fn check_whole(world: &Arc<World>) {
+    let audit = world.get("/v1/audit").await;
+    let issued = audit.as_array().unwrap().iter().filter(|e| e["action"] == "permit.issue").count();
+    let migrations = world.get("/v1/migrations").await;
+    let permits = migrations.as_array().unwrap().iter().filter(|m| m["permit"]["id"].is_string()).count();
+    let metrics = world.get("/metrics").await;
+    assert_eq!((issued, permits), (ROOM, ROOM));
+    let reserved = format!("outrider_reservations {ROOM}\n");
+    assert!(metrics.as_str().unwrap().contains(&reserved), "{metrics}");
+    assert_eq!(world.get("/v1/audit/verify").await["verified"], true);
+}
+
+async fn twelve_for_three(world: Arc<World>) {
+    let _hosts = crowd(&world).await;
+    ask_at_once(&world).await;
+    let expect = BTreeMap::from([
+        ("memory-transfer -".to_owned(), ROOM),
+        ("refused insufficient-capacity".to_owned(), usize::from(REQUESTS) - ROOM),
+    ]);
+    assert_eq!(decided(&world).await, expect);
+    check_whole(&world).await;
+    // Those that were refused say why, and each of them may be asked for again once there is room.
+    let migrations = world.get("/v1/migrations").await;
+    let refused = |m: &&Value| m["state"] == "refused";
+    for view in migrations.as_array().unwrap().iter().filter(refused) {
+        let detail = view["problem"]["detail"].as_str().unwrap();
+        assert!(detail.contains("it carries 3 guests, 3 are enrolled"), "{detail}");
+    }
+    let open = migrations.as_array().unwrap().iter().find(|m| m["state"] == "memory-transfer").unwrap();
+    let id = open["id"].as_str().unwrap().to_owned();
+    world.ok(&format!("/v1/migrations/{id}/terminate"), &json!({})).await;
+    world.ended(&id).await;
+    let again = migrations.as_array().unwrap().iter().find(refused).unwrap()["vm"].as_str().unwrap();
+    let id = world.migrate(again, "host-b").await;
+    let path = format!("/v1/migrations/{id}");
+    world.until("it moves", async || world.get(&path).await["state"] == "memory-transfer").await;
+}
+
+/// The manager is killed in the middle of the decisions: what it left is whole, and the room is not given out twice.
+async fn killed_meanwhile(world: Arc<World>, after_ms: u64) {
+    let _hosts = crowd(&world).await;
+    ask_at_once(&world).await;
+    tokio::time::sleep(std::time::Duration::from_millis(after_ms)).await;
+    tokio::task::block_in_place(|| {
+        world.kill();
+        world.start();
+    });
+    let decided = decided(&world).await;
+    let granted: usize =
+        decided.iter().filter(|(k, _)| k.starts_with("memory-transfer")).map(|(_, n)| n).sum();
+    let short = decided.get("refused insufficient-capacity").copied().unwrap_or_default();
+    println!("killed {after_ms} ms after the requests: {decided:?}");
+    // A decision that found no hosts, because they had not come back, is refused for that.
+    assert!(granted <= ROOM && short <= usize::from(REQUESTS) - ROOM, "{decided:?}");
+    let audit = world.get("/v1/audit").await;
+    let issued = audit.as_array().unwrap().iter().filter(|e| e["action"] == "permit.issue").count();
+    let metrics = world.get("/metrics").await;
+    assert!(issued <= ROOM && granted <= issued, "{decided:?}, {issued} issued");
+    assert!(metrics.as_str().unwrap().contains(&format!("outrider_reservations {granted}\n")), "{metrics}");
+    assert_eq!(world.get("/v1/audit/verify").await["verified"], true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_twelve_requests_for_a_host_that_fits_three_exactly_three_get_a_permit() {
+    twelve_for_three(World::new()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_twelve_requests_three_get_a_permit_also_on_postgresql() {
+    let Ok(cluster) = Cluster::start().inspect_err(|why| skip::skip(why)) else { return };
+    cluster.sql("postgres", "CREATE DATABASE registry");
+    twelve_for_three(World::sharing("one", &cluster.url("registry"))).await;
+    let held = |sql: &str| cluster.sql("registry", sql);
+    // One transaction: none of the four without the others (the one that was terminated kept its permit).
+    assert_eq!(held("SELECT count(*) FROM reservations"), "3");
+    assert_eq!(held("SELECT count(*) FROM permits"), "4");
+    assert_eq!(held("SELECT count(*) FROM audit WHERE action = 'permit.issue'"), "4");
+    assert_eq!(held("SELECT count(*) FROM migrations WHERE is_open = 1"), "3");
+    let unpaired = "SELECT count(*) FROM reservations r LEFT JOIN permits p ON p.migration = r.migration \
+                    LEFT JOIN migrations m ON m.id = r.migration AND m.is_open = 1 \
+                    WHERE p.nonce IS NULL OR m.id IS NULL";
+    assert_eq!(held(unpaired), "0");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_manager_that_is_killed_in_its_decisions_gives_no_room_out_twice() {
+    for after_ms in [1, 15, 60] {
+        killed_meanwhile(World::new(), after_ms).await;
+    }
+}
