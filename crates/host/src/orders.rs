@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use types::handover::{
     AbortReason, HandoverKey, MigrationRequest, PriorRunState, Side, Statement, StreamEvidence,
 };
-use types::vm::VmSpec;
+use types::vm::{Accel, VmSpec};
 use types::{Epoch, ErrorCode, MigrationId, Problem, VmId};
 
 /// Agents that wait for a permit; each costs a process.
@@ -71,6 +71,9 @@ impl Orders {
                 self.reply(id, name, taken.map(|()| done()));
             }
             Body::InspectVm(order) => self.run(id, name, async move { this.inspect_vm(order).await }),
+            Body::DescribeHypervisor(order) => {
+                self.run(id, name, async move { this.describe_hypervisor(order).await });
+            }
             Body::Renounce(order) => self.reply(id, name, self.renounce(order)),
             Body::Decline(order) => self.reply(id, name, self.decline(&order)),
             hand_over => match self.hand_over(hand_over) {
@@ -166,6 +169,18 @@ impl Orders {
             differences_missing,
             catalogue_missing,
         }))
+    }
+
+    /// What this host's QEMU can run.
+    async fn describe_hypervisor(&self, order: fleet::DescribeHypervisor) -> Outcome {
+        let accel = match order.accel.as_str() {
+            "kvm" => Accel::Kvm,
+            "tcg" => Accel::Tcg,
+            other => return Err(bad(format!("{other:?} is no accelerator"))),
+        };
+        let abilities = self.daemon.vms.abilities(&order.machine, &order.cpu_model, accel).await?;
+        let abilities_json = serde_json::to_string(&abilities).map_err(|e| bad(e.to_string()))?;
+        Ok(reply::Result::Hypervisor(fleet::Hypervisor { abilities_json }))
     }
 
     async fn catalogue_json(&self, record: &Record) -> Result<String, Problem> {
@@ -466,5 +481,6 @@ fn name_of(body: &Body) -> &'static str {
         Body::Present(_) => "present",
         Body::Decline(_) => "decline",
         Body::InspectVm(_) => "inspect-vm",
+        Body::DescribeHypervisor(_) => "describe-hypervisor",
     }
 }

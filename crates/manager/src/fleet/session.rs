@@ -237,5 +237,6 @@ pub(crate) fn order_text(body: &to_host::Body) -> &'static str {
         B::Present(_) => "present",
         B::Decline(_) => "decline",
         B::InspectVm(_) => "inspect-vm",
+        B::DescribeHypervisor(_) => "describe-hypervisor",
     }
 }

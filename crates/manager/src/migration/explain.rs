@@ -6,7 +6,7 @@
 use crate::core::Manager;
 use crate::http::Caller;
 use crate::migration::gates::{self, Grounds};
-use crate::migration::{Facts, request};
+use crate::migration::{Facts, compatibility, request};
 use crate::vms;
 use api::http::{Explanation, Gate, GateOutcome, Migrate};
 use registry::MigrationRow;
@@ -15,8 +15,17 @@ use std::sync::Arc;
 use types::{ErrorCode, HostName, Problem};
 
 /// The gates in the order in which they are asked.
-const NAMES: [&str; 8] =
-    ["stream", "request", "source-identity", "target-identity", "policy", "devices", "load", "capacity"];
+const NAMES: [&str; 9] = [
+    "stream",
+    "request",
+    "source-identity",
+    "target-identity",
+    "policy",
+    "devices",
+    "compatibility",
+    "load",
+    "capacity",
+];
 
 /// Asks every gate.
 ///
@@ -82,6 +91,7 @@ impl Asked {
         let by = gates::authorise(manager, &Facts::of(row)?, grounds);
         self.gate(by.map(|by| ((), format!("permitted by {}", by.join(", ")))))?;
         self.gate(devices(manager, row).await)?;
+        self.gate(compatibility::check(manager, grounds).await.map(|text| ((), text)))?;
         let measured = match manager.fleet.require(&row.target) {
             Ok(session) => gates::measured(&session).await,
             Err(problem) => Err(problem),

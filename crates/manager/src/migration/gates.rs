@@ -7,7 +7,7 @@
 
 use crate::core::Manager;
 use crate::fleet::Session;
-use crate::migration::{Facts, permit, request};
+use crate::migration::{Facts, compatibility, permit, request};
 use crate::policy::{HostFacts, Principal};
 use api::fleet::{QueryLoad, SpawnAgent, reply, to_host};
 use engine::admission::{self, Demand, HeadRoom, Promised};
@@ -111,6 +111,7 @@ pub(crate) async fn decide(manager: &Arc<Manager>, row: &MigrationRow) -> Result
     let source = live(manager, &grounds.source)?;
     let target = live(manager, &grounds.target)?;
     let by = authorise(manager, &facts, &grounds)?;
+    compatibility::check(manager, &grounds).await?;
     let load = measured(&target).await?;
     let promised = promised_on(&mut manager.registry.read("promised").await?, row).await?;
     admit(manager, &grounds, promised, &load)?;
@@ -193,6 +194,7 @@ pub(crate) fn unexpected(host: &HostName, order: &str, reply: &reply::Result) ->
         reply::Result::Load(_) => "load",
         reply::Result::Started(_) => "started",
         reply::Result::Inspected(_) => "inspected",
+        reply::Result::Hypervisor(_) => "hypervisor",
     };
     Problem::new(ErrorCode::Internal, format!("host {host} answered {order} with {kind:?}"))
 }

@@ -8,9 +8,11 @@
 //! | `handover` | statements and wishes through `engine::handover::decider`, each in one transaction |
 //! | `events` | what hosts tell of a migration: facts, metrics, the watch |
 //! | `explain` | every gate asked, nothing moved |
+//! | `compatibility` | the gate that compares what both hosts' QEMUs can run |
 //! | `control` | suspend, resume, terminate |
 //! | `view` | the row as people see it |
 
+mod compatibility;
 pub(crate) mod control;
 pub(crate) mod events;
 pub(crate) mod explain;

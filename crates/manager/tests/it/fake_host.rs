@@ -5,8 +5,8 @@ use crate::world::{Physical, World, mac};
 use api::fleet::fleet_client::FleetClient;
 use api::fleet::reply::Result as Outcome;
 use api::fleet::{
-    AgentReady, Done, Hello, Inspected, Interface, JoinRequest, LoadReply, MigrationEvent, Prepared, Reply,
-    RunningVm, SignedStatement, Started, ToHost, ToManager, to_host, to_manager,
+    AgentReady, Done, Hello, Hypervisor, Inspected, Interface, JoinRequest, LoadReply, MigrationEvent,
+    Prepared, Reply, RunningVm, SignedStatement, Started, ToHost, ToManager, to_host, to_manager,
 };
 use hyper_util::rt::TokioIo;
 use link::ca::CaCertificate;
@@ -54,6 +54,8 @@ pub(crate) struct Manners {
     pub(crate) plugged: Vec<String>,
     /// Why it can't say what was.
     pub(crate) blind: String,
+    /// What its QEMU can run.
+    pub(crate) abilities: Value,
 }
 
 impl Default for Manners {
@@ -69,6 +71,7 @@ impl Default for Manners {
             available_bytes: 2 << 30,
             plugged: Vec::new(),
             blind: String::new(),
+            abilities: abilities("10.0.2", &["pc-q35-10.0", "pc-q35-9.2"], &["fpu", "sse2"]),
         }
     }
 }
@@ -420,6 +423,10 @@ impl FakeHost {
                     ..Inspected::default()
                 })
             }
+            B::DescribeHypervisor(_) => {
+                let abilities_json = self.manners.lock().unwrap().abilities.to_string();
+                Outcome::Hypervisor(Hypervisor { abilities_json })
+            }
             B::StopVm(order) => {
                 let vm: VmId = order.vm.parse().unwrap();
                 self.inner.lock().unwrap().vms.remove(&vm);
@@ -736,6 +743,14 @@ impl FakeHost {
     }
 }
 
+/// What a QEMU says that it can run.
+pub(crate) fn abilities(version: &str, machines: &[&str], cpu_features: &[&str]) -> Value {
+    json!({
+        "hypervisor": format!("qemu/{version}"), "machines": machines, "cpu_models": ["qemu64", "EPYC"],
+        "cpu_features": cpu_features,
+    })
+}
+
 fn evidence() -> StreamEvidence {
     StreamEvidence { stream_bytes: 1000, digest: Digest::of(b"the stream") }
 }
@@ -779,5 +794,6 @@ fn kind_of(body: &to_host::Body) -> &'static str {
         B::Present(_) => "present",
         B::Decline(_) => "decline",
         B::InspectVm(_) => "inspect-vm",
+        B::DescribeHypervisor(_) => "describe-hypervisor",
     }
 }

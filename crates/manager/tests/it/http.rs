@@ -119,8 +119,17 @@ async fn explained(world: &World, body: &Value) -> (bool, Vec<String>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
-    const GATES: [&str; 8] =
-        ["stream", "request", "source-identity", "target-identity", "policy", "devices", "load", "capacity"];
+    const GATES: [&str; 9] = [
+        "stream",
+        "request",
+        "source-identity",
+        "target-identity",
+        "policy",
+        "devices",
+        "compatibility",
+        "load",
+        "capacity",
+    ];
     let world = World::new();
     let (a, b) = (world.host("host-a").await, world.host("host-b").await);
     world.ok("/v1/hosts", &host_spec("host-c")).await;
@@ -135,7 +144,8 @@ async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
     let (allowed, gates) = explained(&world, &body).await;
     assert!(!allowed);
     assert_eq!(gates[5], "devices refused devices-differ");
-    assert_eq!(gates[6..], ["load passed", "capacity refused insufficient-capacity"]);
+    let rest = ["compatibility passed", "load passed", "capacity refused insufficient-capacity"];
+    assert_eq!(gates[6..], rest);
     let inspection = world.get("/v1/vms/vm/inspection").await;
     assert_eq!(inspection["differences"], json!(["virtio-rng-pci was plugged in"]), "{inspection}");
     // That it can't be known is neither "nothing" nor a lack of the catalogue.
@@ -149,7 +159,7 @@ async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
     assert_eq!((&inspection["differences"], &inspection["catalogue_missing"]), (&json!([]), &Value::Null));
     b.manners.lock().unwrap().refuses = vec![("query-load", "internal")];
     let (_, gates) = explained(&world, &body).await;
-    assert_eq!(gates[6..], ["load refused internal", "capacity not-asked"]);
+    assert_eq!(gates[6..], ["compatibility passed", "load refused internal", "capacity not-asked"]);
     for (vm, target, code) in [
         ("nothing", "host-b", "unknown-vm"),
         ("vm", "host-a", "target-is-source"),
