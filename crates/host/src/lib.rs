@@ -94,7 +94,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
         Err(problem) => tracing::warn!(%problem, "no VM can be started or received here"),
     }
     daemon.spawner.refill();
-    let meter = LoadMeter::new(Hierarchies::detect().group(&config.cgroup).parent());
+    let meter = LoadMeter::new(Hierarchies::detect().group(&config.cgroup).parent())
+        .with_link(config.migration_address, config.link_mbit_per_s);
     let sampler = meter.clone();
     let keeper = SessionKeeper::new(daemon.clone(), identity, &config, meter, migrations);
     tracing::info!(host = %daemon.name, vms = daemon.vms.all().len(), "host daemon runs");

@@ -119,8 +119,7 @@ impl Orders {
     }
 
     fn load(&self) -> reply::Result {
-        let vms = u32::try_from(self.daemon.vms.all().len()).unwrap_or(u32::MAX);
-        let load_json = serde_json::to_string(&self.meter.load(vms)).unwrap_or_default();
+        let load_json = serde_json::to_string(&self.meter.load_with(&self.daemon.vms)).unwrap_or_default();
         reply::Result::Load(fleet::LoadReply { load_json })
     }
 

@@ -139,6 +139,11 @@ impl Ordered {
         self.0.lock().expect("no holder of this lock can panic: it only moves values in a set")
     }
 
+    /// Whether one is under way about a VM.
+    pub(crate) fn is_under_way(&self, vm: &Name) -> bool {
+        self.lock().contains(vm)
+    }
+
     /// Begins an order about a VM; `None` while another one is under way.
     pub(crate) fn enter(&self, vm: &Name) -> Option<Ordering> {
         self.lock().insert(vm.clone()).then(|| Ordering { ordered: self.clone(), vm: vm.clone() })

@@ -30,7 +30,7 @@ mod policy;
 mod tokens;
 mod vms;
 
-pub use config::{Budgets, Config};
+pub use config::{Admission, Budgets, Config, Demanded};
 pub use policy::table as policy_table;
 
 use crate::anchor::Anchor;

@@ -52,9 +52,8 @@ pub(crate) async fn explain(
     let Some((vm, source, target)) = placed else { return Ok(asked.finish(order, None)) };
     let row = request::intent(caller, &vm, (source, target), features.unwrap_or_default())?;
     let grounds = Grounds::read(&mut tx, &row).await?;
-    let promised = gates::promised_on(&mut tx, &row).await?;
     drop(tx);
-    asked.of_hosts(manager, &row, &grounds, promised).await?;
+    asked.of_hosts(manager, &row, &grounds).await?;
     Ok(asked.finish(order, Some(row.source)))
 }
 
@@ -82,7 +81,6 @@ impl Asked {
         manager: &Arc<Manager>,
         row: &MigrationRow,
         grounds: &Grounds,
-        promised: engine::admission::Promised,
     ) -> Result<(), Problem> {
         for host in [&grounds.source, &grounds.target] {
             let text = "certificate, address and interfaces are those of its record; unattested";
@@ -93,15 +91,19 @@ impl Asked {
         self.gate(devices(manager, row).await)?;
         self.gate(compatibility::check(manager, grounds).await.map(|text| ((), text)))?;
         let measured = match manager.fleet.require(&row.target) {
-            Ok(session) => gates::measured(&session).await,
+            Ok(session) => gates::trusted(manager, grounds, &session).await,
             Err(problem) => Err(problem),
         };
-        let load = self.gate(measured.map(|load| {
+        let measured = self.gate(measured.map(|measured| {
+            let load = &measured.load;
             let mib = load.memory_available_bytes >> 20;
             let text = format!("{} has {mib} MiB to give and runs {} VMs", row.target, load.vms);
-            (load, text)
+            (measured, text)
         }))?;
-        let Some(load) = load else { return Ok(()) };
+        let Some(gates::Measured { load, asked_us }) = measured else { return Ok(()) };
+        let mut tx = manager.registry.read("explain what is promised").await?;
+        let promised = gates::promised_on(&mut tx, row, asked_us).await?;
+        drop(tx);
         let need_mib = grounds.vm.spec.memory_bytes >> 20;
         let text = format!("room for {need_mib} MiB and {} vCPUs with head-room", grounds.vm.spec.vcpus);
         self.gate(gates::admit(manager, grounds, promised, &load).map(|()| ((), text)))?;

@@ -3,10 +3,11 @@
 use crate::fake_host::FakeHost;
 use crate::postgres::Cluster;
 use crate::skip;
-use crate::world::{World, host_spec, intent};
+use crate::world::{VM_BYTES, World, host_spec, intent};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use types::VmId;
 
 /// Requests at once.
 const REQUESTS: u8 = 12;
@@ -15,10 +16,14 @@ const ROOM: usize = 3;
 
 /// Twelve VMs on one host, and a target that holds three of them.
 async fn crowd(world: &Arc<World>) -> [Arc<FakeHost>; 2] {
+    crowd_on(world, ROOM).await
+}
+
+async fn crowd_on(world: &Arc<World>, vms: usize) -> [Arc<FakeHost>; 2] {
     let mut wide = host_spec("host-a");
     wide["capacity"] = json!({ "memory_bytes": 64_u64 << 30, "vcpus": 64, "vms": 64 });
     let mut narrow = host_spec("host-b");
-    narrow["capacity"] = json!({ "memory_bytes": 64_u64 << 30, "vcpus": 64, "vms": ROOM });
+    narrow["capacity"] = json!({ "memory_bytes": 64_u64 << 30, "vcpus": 64, "vms": vms });
     let hosts = [world.host_of("host-a", wide).await, world.host_of("host-b", narrow).await];
     for host in &hosts {
         host.manners.lock().unwrap().flows = false;
@@ -149,4 +154,97 @@ async fn a_manager_that_is_killed_in_its_decisions_gives_no_room_out_twice() {
     for after_ms in [1, 15, 60] {
         killed_meanwhile(World::new(), after_ms).await;
     }
+}
+
+/// Room by measurement alone: what is reserved is not there for others, before and after it is taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_twelve_requests_for_measured_memory_of_three_exactly_three_get_a_permit() {
+    let world = World::new();
+    let [a, b] = crowd_on(&world, 64).await;
+    for host in [&a, &b] {
+        host.manners.lock().unwrap().takes_memory = true;
+    }
+    // Three guests with their tenth of head-room, and less than a fourth.
+    b.manners.lock().unwrap().available_bytes = VM_BYTES * 36 / 10;
+    ask_at_once(&world).await;
+    let expect = BTreeMap::from([
+        ("memory-transfer -".to_owned(), ROOM),
+        ("refused insufficient-capacity".to_owned(), usize::from(REQUESTS) - ROOM),
+    ]);
+    assert_eq!(decided(&world).await, expect);
+    check_whole(&world).await;
+}
+
+/// A claim of the target that is refused, with part of the reason.
+async fn check_claim(change: impl Fn(&FakeHost), part: &str) {
+    let world = World::new();
+    let (_a, b) = (world.host("host-a").await, world.host("host-b").await);
+    world.vm("vm", 1, "host-a").await;
+    world.vm("there", 2, "host-b").await;
+    change(&b);
+    let explained = world.ok("/v1/migrations/explain", &intent("vm", "host-b")).await;
+    let refused = |gate: &&Value| gate["outcome"] == "refused";
+    let gate = explained["gates"].as_array().unwrap().iter().find(refused).expect("a gate refuses").clone();
+    let m = world.migrate("vm", "host-b").await;
+    let view = world.ended(&m).await;
+    assert_eq!(
+        (&view["state"], &view["problem"]["code"]),
+        (&json!("refused"), &json!("insufficient-capacity"))
+    );
+    for detail in [&view["problem"]["detail"], &gate["detail"]] {
+        assert!(detail.as_str().unwrap().contains(part), "{detail} does not say {part:?}");
+    }
+    assert!(!b.seen.lock().unwrap().contains(&"spawn-agent"), "nothing was started for it");
+}
+
+fn claims(key: &'static str, value: Value) -> impl Fn(&FakeHost) {
+    move |host| host.manners.lock().unwrap().claims.push((key, value.clone()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_contradicts_its_record_or_the_registry_is_not_believed() {
+    let twice = VmId::from_bytes([9; 16]);
+    check_claim(claims("memory_available_bytes", json!(64_u64 << 30)), "more than 1000 % of the 4294967296")
+        .await;
+    check_claim(|b| b.found(twice, 1), "runs 1 guests that the registry does not place there").await;
+    let hides = |b: &FakeHost| b.manners.lock().unwrap().hides.push(VmId::from_bytes([2; 16]));
+    check_claim(hides, "does not run 1 of the guests that the registry places there").await;
+    check_claim(claims("running", Value::Null), "does not say which guests run there").await;
+    check_claim(claims("cpu_cores_used", json!(99.0)), "claims to use 99.0 of 4.0 CPUs").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_is_strained_or_does_not_measure_takes_no_guest() {
+    check_claim(claims("memory_pressure_percent", json!(40.0)), "memory pressure is 40 %").await;
+    check_claim(claims("cpu_pressure_percent", json!(91.0)), "CPU pressure is 91 %").await;
+    check_claim(claims("cpu_cores_used", json!(4.0)), "use of its CPUs is 100 %").await;
+    check_claim(claims("cpu_pressure_percent", Value::Null), "does not measure the CPU pressure").await;
+    check_claim(claims("link", Value::Null), "does not measure the use of its migration link").await;
+    let link = json!({
+        "interface": "eth0", "received_bytes_per_s": 120e6, "sent_bytes_per_s": 1.0, "capacity_bytes_per_s": 125e6,
+    });
+    check_claim(claims("link", link), "use of its migration link is 96 %").await;
+}
+
+/// A guest that is being stopped while the target is asked is no contradiction.
+#[tokio::test(flavor = "multi_thread")]
+async fn guests_that_come_and_go_meanwhile_contradict_nothing() {
+    let world = World::new();
+    let (_a, _b) = (world.host("host-a").await, world.host("host-b").await);
+    world.vm("vm", 1, "host-a").await;
+    world.ok("/v1/vms", &crate::world::vm_spec("there", 2)).await;
+    let churn = async {
+        for _ in 0..30 {
+            world.ok("/v1/vms/there/start", &json!({ "host": "host-b" })).await;
+            world.ok("/v1/vms/there/stop", &json!({})).await;
+        }
+    };
+    let moves = async {
+        for target in ["host-b", "host-a"].into_iter().cycle().take(10) {
+            let m = world.migrate("vm", target).await;
+            let view = world.ended(&m).await;
+            assert_eq!(view["state"], "completed", "{view}");
+        }
+    };
+    tokio::join!(churn, moves);
 }

@@ -56,6 +56,12 @@ pub(crate) struct Manners {
     pub(crate) blind: String,
     /// What its QEMU can run.
     pub(crate) abilities: Value,
+    /// What it claims of its load instead of the truth.
+    pub(crate) claims: Vec<(&'static str, Value)>,
+    /// Guests that it does not speak of.
+    pub(crate) hides: Vec<VmId>,
+    /// Its measured memory shrinks as it is taken.
+    pub(crate) takes_memory: bool,
 }
 
 impl Default for Manners {
@@ -71,6 +77,9 @@ impl Default for Manners {
             available_bytes: 2 << 30,
             plugged: Vec::new(),
             blind: String::new(),
+            claims: Vec::new(),
+            hides: Vec::new(),
+            takes_memory: false,
             abilities: abilities("10.0.2", &["pc-q35-10.0", "pc-q35-9.2"], &["fpu", "sse2"]),
         }
     }
@@ -471,12 +480,26 @@ impl FakeHost {
     }
 
     fn load(&self) -> String {
-        let available = self.manners.lock().unwrap().available_bytes;
-        json!({
-            "scope": "test", "memory_used_bytes": 0, "memory_available_bytes": available, "cpu_cores_used": 0.0,
-            "cpu_cores": 4.0, "cpu_pressure_percent": null, "memory_pressure_percent": null, "vms": 0,
-        })
-        .to_string()
+        let manners = self.manners.lock().unwrap().clone();
+        let inner = self.inner.lock().unwrap();
+        // A target takes a guest's memory when it is prepared.
+        let taken = inner.attempts.values().filter(|a| a.side == Side::Target && !a.gave_up).count() as u64;
+        let taken = if manners.takes_memory { taken * crate::world::VM_BYTES } else { 0 };
+        let running: Vec<_> = inner.vms.keys().filter(|vm| !manners.hides.contains(vm)).collect();
+        let mut load = json!({
+            "scope": "test", "memory_used_bytes": 0, "cpu_cores_used": 0.0, "cpu_cores": 4.0, "vms": running.len(),
+            "memory_available_bytes": manners.available_bytes.saturating_sub(taken),
+            "cpu_pressure_percent": 0.0, "memory_pressure_percent": 0.0, "memory_full_pressure_percent": 0.0,
+            "link": {
+                "interface": "eth0", "received_bytes_per_s": 0.0, "sent_bytes_per_s": 0.0,
+                "capacity_bytes_per_s": null,
+            },
+            "running": running,
+        });
+        for (key, value) in &manners.claims {
+            load[*key] = value.clone();
+        }
+        load.to_string()
     }
 
     fn start_vm(&self, order: &api::fleet::StartVm) -> Outcome {

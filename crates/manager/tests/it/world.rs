@@ -415,6 +415,9 @@ pub(crate) fn host_spec(name: &str) -> Value {
 pub(crate) fn vm_spec(name: &str, number: u8) -> Value {
     json!({
         "uuid": VmId::from_bytes([number; 16]), "name": name, "accel": "tcg", "vcpus": 1,
-        "memory_bytes": 256 << 20,
+        "memory_bytes": VM_BYTES,
     })
 }
+
+/// Memory of every VM.
+pub(crate) const VM_BYTES: u64 = 256 << 20;
