@@ -14,6 +14,7 @@
 //! | [`qmp`], [`qemu`], [`vms`] | QEMU: monitor, command line, life cycle, adoption |
 //! | [`cgroup`], [`freezer`], [`process`], [`sweep`], [`load`] | the kernel's side: groups, freezing with proof, pid descriptors |
 //! | [`journal`], [`daemon`], [`outbox`] | what is written down, shared, and told |
+//! | [`probe`] | a moment's work, to prove that there is room for more |
 //! | [`agents`], [`scanner`], [`channel`], [`peer`] | processes and sockets of one migration |
 //! | [`migration`] | the hand-over |
 //! | [`session`], [`orders`], `rpc` | the manager |
@@ -34,6 +35,7 @@ pub mod migration;
 pub mod orders;
 pub mod outbox;
 pub mod peer;
+pub mod probe;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
@@ -58,6 +60,7 @@ use crate::migration::registry::Migrations;
 use crate::migration::source::fresh_nonce;
 use crate::outbox::Outbox;
 use crate::peer::PeerSide;
+use crate::probe::Prober;
 use crate::scanner::ScannerSpawner;
 use crate::session::{SessionKeeper, certificate_warning};
 use crate::vms::instance::Instance;
@@ -83,6 +86,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     let (daemon, ended) = assemble(&config, &identity, folders)?;
     daemon.spawner.end_orphans().await;
     daemon.scanners.end_orphans().await;
+    daemon.prober.sweep().await;
     // A VM that is still frozen under a vote is held first, and decided about by its hand-over.
     daemon.vms.adopt().await.map_err(|e| e.problem())?;
     let migrations = Migrations::new(daemon.clone());
@@ -94,6 +98,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
         Err(problem) => tracing::warn!(%problem, "no VM can be started or received here"),
     }
     daemon.spawner.refill();
+    daemon.prober.refill();
     let meter = LoadMeter::new(Hierarchies::detect().group(&config.cgroup).parent())
         .with_link(config.migration_address, config.link_mbit_per_s);
     let sampler = meter.clone();
@@ -107,6 +112,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
         problem = daemon.broke() => Err(problem),
     };
     daemon.spawner.end_spare().await;
+    daemon.prober.sweep().await;
     // Agents end with this process's sockets; a source that is not frozen then resumes by itself.
     tracing::info!("host daemon ends; VMs run on");
     ended
@@ -136,6 +142,9 @@ fn assemble(
         cgroup: config.cgroup.clone(),
     };
     let (vms, ended) = Vms::new(settings);
+    let group = Hierarchies::detect().group(&config.cgroup);
+    let spawner =
+        AgentSpawner::new(config.agent_binary.clone(), group.child("agents"), folders.run.join("agents"));
     let daemon = Daemon {
         name,
         key: identity.signing.clone(),
@@ -143,11 +152,8 @@ fn assemble(
         journal: Mutex::new(JournalStore::new(journal, entries)),
         broken: watch::Sender::new(None),
         vms,
-        spawner: AgentSpawner::new(
-            config.agent_binary.clone(),
-            Hierarchies::detect().group(&config.cgroup).child("agents"),
-            folders.run.join("agents"),
-        ),
+        prober: Prober::new(spawner.clone(), group.child("probes")),
+        spawner,
         scanners: ScannerSpawner::new(
             config.scanner_binary.clone(),
             config.signature_rules.clone(),

@@ -71,6 +71,7 @@ impl Orders {
                 self.reply(id, name, taken.map(|()| done()));
             }
             Body::InspectVm(order) => self.run(id, name, async move { this.inspect_vm(order).await }),
+            Body::MicroProbe(order) => self.run(id, name, async move { this.micro_probe(order).await }),
             Body::DescribeHypervisor(order) => {
                 self.run(id, name, async move { this.describe_hypervisor(order).await });
             }
@@ -180,6 +181,12 @@ impl Orders {
         let abilities = self.daemon.vms.abilities(&order.machine, &order.cpu_model, accel).await?;
         let abilities_json = serde_json::to_string(&abilities).map_err(|e| bad(e.to_string()))?;
         Ok(reply::Result::Hypervisor(fleet::Hypervisor { abilities_json }))
+    }
+
+    async fn micro_probe(&self, order: fleet::MicroProbe) -> Outcome {
+        let probe = self.daemon.prober.probe(order.memory_bytes, order.work_us).await?;
+        let probe_json = serde_json::to_string(&probe).map_err(|e| bad(e.to_string()))?;
+        Ok(reply::Result::Probed(fleet::Probed { probe_json }))
     }
 
     async fn catalogue_json(&self, record: &Record) -> Result<String, Problem> {
@@ -481,5 +488,6 @@ fn name_of(body: &Body) -> &'static str {
         Body::Decline(_) => "decline",
         Body::InspectVm(_) => "inspect-vm",
         Body::DescribeHypervisor(_) => "describe-hypervisor",
+        Body::MicroProbe(_) => "micro-probe",
     }
 }

@@ -30,6 +30,8 @@ pub(crate) struct Manager {
     pub(crate) hurry: Hurry,
     pub(crate) ordered: Ordered,
     pub(crate) leases: Leases,
+    /// What targets did in micro-probes.
+    pub(crate) probes: crate::migration::probe::History,
     /// Of the joins.
     pub(crate) door: Doorkeeper,
     pub(crate) anchor: Anchor,
@@ -179,6 +181,9 @@ pub(crate) struct Progress {
     pub(crate) stream_bytes: u64,
     /// When the stream last moved.
     pub(crate) moved_us: i64,
+    /// The guest's memory, and what is left of it in this pass, as the source's QEMU last told.
+    pub(crate) memory_bytes: u64,
+    pub(crate) remaining_bytes: u64,
 }
 
 impl Watch {

@@ -132,6 +132,7 @@ pub async fn run_with(
         hurry: Hurry::default(),
         ordered: Ordered::default(),
         leases,
+        probes: migration::probe::History::default(),
         door: http::Doorkeeper::default(),
         anchor: Anchor::open(&state),
         forgetful: std::sync::OnceLock::new(),

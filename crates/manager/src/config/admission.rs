@@ -35,6 +35,10 @@ pub struct Admission {
     pub link_used_percent: u32,
     /// Memory that a host may claim to have, in percent of its enrolled memory.
     pub claim_percent: u32,
+    /// CPU pressure at which a transfer that is under way is ended before it converges.
+    pub convergence_cpu_pressure_percent: u32,
+    /// How often a target is looked at again in a transfer, seconds.
+    pub recheck_s: u32,
     /// Memory that the micro-probe touches on the target; 0 leaves the probe out.
     pub probe_mib: u32,
     /// How long it computes, microseconds.
@@ -52,6 +56,9 @@ const PROBE_MIB_MAX: u32 = 64;
 /// Nor may it hold a CPU for longer, microseconds.
 const PROBE_WORK_US_MAX: u32 = 20_000;
 
+/// Half of what a look counts for, so that one of them may fail.
+const RECHECK_S_MAX: u32 = 30;
+
 impl Default for Admission {
     fn default() -> Self {
         let (limits, demands) = (Limits::default(), Demands::default());
@@ -63,6 +70,8 @@ impl Default for Admission {
             cpu_used_percent: limits.cpu_used_percent,
             link_used_percent: limits.link_used_percent,
             claim_percent: 1_000,
+            convergence_cpu_pressure_percent: 95,
+            recheck_s: 20,
             probe_mib: 32,
             probe_work_us: 5_000,
             probe_touch_mib_per_s: demands.touch_mib_per_s_min,
@@ -93,6 +102,15 @@ impl Admission {
         }
     }
 
+    /// What a probe must come to.
+    pub(crate) const fn probe_demands(&self) -> Demands {
+        Demands {
+            touch_mib_per_s_min: self.probe_touch_mib_per_s,
+            cpu_share_percent_min: self.probe_cpu_percent,
+            history_percent_min: self.probe_history_percent,
+        }
+    }
+
     pub(super) fn validate(&self) -> Result<(), String> {
         if self.probe_mib > PROBE_MIB_MAX || self.probe_work_us > PROBE_WORK_US_MAX {
             return Err(format!(
@@ -103,6 +121,11 @@ impl Admission {
             return Err("admission.probe_work_us must be at least 1, and probe_cpu_percent and \
                         probe_history_percent at most 100"
                 .to_owned());
+        }
+        if !(1..=RECHECK_S_MAX).contains(&self.recheck_s) {
+            return Err(format!(
+                "admission.recheck_s must be 1 to {RECHECK_S_MAX}: what was looked at counts for 60 s"
+            ));
         }
         if self.claim_percent < 100 {
             return Err(

@@ -9,7 +9,7 @@ use crate::clock;
 use crate::config::Demanded;
 use crate::core::Manager;
 use crate::fleet::Session;
-use crate::migration::{Facts, compatibility, permit, request};
+use crate::migration::{Facts, compatibility, permit, probe, request};
 use crate::policy::{HostFacts, Principal};
 use api::fleet::{QueryLoad, SpawnAgent, reply, to_host};
 use engine::admission::{self, Demand, HeadRoom, Placed, Promised};
@@ -121,8 +121,12 @@ pub(crate) async fn decide(manager: &Arc<Manager>, row: &MigrationRow) -> Result
     let load = trusted(manager, &grounds, &target).await?;
     let promised = promised_on(&mut manager.registry.read("promised").await?, row, load.asked_us).await?;
     admit(manager, &grounds, promised, &load.load)?;
-    let (source_key, target_key) =
-        tokio::try_join!(spawn(&source, row, Side::Source), spawn(&target, row, Side::Target))?;
+    // The probe goes on while the agents are spawned.
+    let (source_key, target_key, ()) = tokio::try_join!(
+        spawn(&source, row, Side::Source),
+        spawn(&target, row, Side::Target),
+        probe::passed(manager, &target)
+    )?;
     // Looked at again: the hosts may have gone, or come back as others, while the agents were spawned.
     live(manager, &grounds.source)?;
     live(manager, &grounds.target)?;
@@ -253,6 +257,7 @@ pub(crate) fn unexpected(host: &HostName, order: &str, reply: &reply::Result) ->
         reply::Result::Started(_) => "started",
         reply::Result::Inspected(_) => "inspected",
         reply::Result::Hypervisor(_) => "hypervisor",
+        reply::Result::Probed(_) => "probed",
     };
     Problem::new(ErrorCode::Internal, format!("host {host} answered {order} with {kind:?}"))
 }
@@ -336,7 +341,9 @@ async fn grant(
     let claims =
         permit::claims(&manager.config, key, &grounds.vm, parts, journal(&grounds.target)?, features)?;
     tx.add_permit(&claims).await?;
-    row.state = MigrationState::Setup;
+    let mut facts = Facts::of(&row)?;
+    facts.looked_us = Some(measured.asked_us);
+    (row.state, row.facts) = (MigrationState::Setup, facts.text());
     tx.save_migration(&row).await?;
     let detail = json!({
         "migration": row.id, "vm": row.vm_name, "source": row.source, "target": row.target,

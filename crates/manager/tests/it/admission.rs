@@ -1,12 +1,13 @@
 //! Room on a target: who gets it when many ask at once, and that a grant is whole or not there.
 
-use crate::fake_host::FakeHost;
+use crate::fake_host::{FakeHost, Manners};
 use crate::postgres::Cluster;
 use crate::skip;
 use crate::world::{VM_BYTES, World, host_spec, intent};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use types::VmId;
 
 /// Requests at once.
@@ -247,4 +248,149 @@ async fn guests_that_come_and_go_meanwhile_contradict_nothing() {
         }
     };
     tokio::join!(churn, moves);
+}
+
+/// What the target does in its probe is refused, with part of the reason.
+async fn check_probe(change: impl Fn(&mut Manners), part: &str) {
+    let world = World::new();
+    let (_a, b) = (world.host("host-a").await, world.host("host-b").await);
+    world.vm("vm", 1, "host-a").await;
+    change(&mut b.manners.lock().unwrap());
+    let view = world.ended(&world.migrate("vm", "host-b").await).await;
+    assert_eq!(
+        (&view["state"], &view["problem"]["code"]),
+        (&json!("refused"), &json!("insufficient-capacity"))
+    );
+    let detail = view["problem"]["detail"].as_str().unwrap();
+    assert!(detail.contains(part), "{detail} does not say {part:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_cannot_do_a_moments_work_gets_no_permit() {
+    check_probe(|m| m.probe["touch_us"] = json!(900_000), "touched memory at 36 MiB/s").await;
+    check_probe(|m| m.probe["cpu_us"] = json!(100), "it got 2 % of a CPU").await;
+    check_probe(|m| m.probe["touched_bytes"] = json!(4096), "touched 4096 of the 33554432 bytes").await;
+    check_probe(|m| m.probe = json!("x".repeat(9_999)), "longer than five numbers").await;
+    check_probe(|m| m.probe = json!({}), "cannot be read").await;
+    check_probe(|m| m.refuses = vec![("micro-probe", "bad-request")], "micro-probe of host host-b").await;
+    check_probe(|m| m.ignores = vec!["micro-probe"], "did not answer micro-probe within").await;
+}
+
+/// A probe that lost its CPU to the scheduler is repeated.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_was_unlucky_once_is_asked_again() {
+    let world = World::new();
+    let (_a, b) = (world.host("host-a").await, world.host("host-b").await);
+    world.vm("vm", 1, "host-a").await;
+    b.manners.lock().unwrap().probe["cpu_us"] = json!(2);
+    let (seen, own) = (Arc::new(AtomicUsize::new(0)), Arc::downgrade(&b));
+    let count = Arc::clone(&seen);
+    *b.on_step.lock().unwrap() = Some(Box::new(move |step| {
+        if step == "micro-probe" && count.fetch_add(1, Ordering::Relaxed) == 1 {
+            own.upgrade().unwrap().manners.lock().unwrap().probe["cpu_us"] = json!(4_900);
+        }
+    }));
+    assert_eq!(world.ended(&world.migrate("vm", "host-b").await).await["state"], "completed");
+    assert_eq!(seen.load(Ordering::Relaxed), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_is_held_against_what_it_did_before() {
+    let world = World::new();
+    let (a, b) = (world.host("host-a").await, world.host("host-b").await);
+    world.vm("vm", 1, "host-a").await;
+    for target in ["host-b", "host-a"].into_iter().cycle().take(12) {
+        assert_eq!(world.ended(&world.migrate("vm", target).await).await["state"], "completed");
+    }
+    for host in [&a, &b] {
+        host.manners.lock().unwrap().probe["work_units"] = json!(100);
+    }
+    let view = world.ended(&world.migrate("vm", "host-b").await).await;
+    let detail = view["problem"]["detail"].as_str().unwrap();
+    assert!(detail.contains("it did 20 units of work per millisecond; it did 1000 before"), "{detail}");
+}
+
+/// A transfer that goes on.
+async fn transfer(world: &Arc<World>) -> (Arc<FakeHost>, Arc<FakeHost>, String) {
+    let (a, b) = (world.host("host-a").await, world.host("host-b").await);
+    world.vm("vm", 1, "host-a").await;
+    a.manners.lock().unwrap().flows = false;
+    let m = world.migrate("vm", "host-b").await;
+    let path = format!("/v1/migrations/{m}");
+    world.until("it moves", async || world.get(&path).await["state"] == "memory-transfer").await;
+    (a, b, m)
+}
+
+/// The source's word that the stream is near its end.
+async fn near_end(source: &FakeHost, m: &str) {
+    let (total, left) = (VM_BYTES, VM_BYTES / 8);
+    let detail =
+        json!({ "stream_bytes": total - left, "ram_total_bytes": total, "ram_remaining_bytes": left });
+    source.event(m.parse().unwrap(), "progress", detail).await;
+}
+
+fn asked(host: &FakeHost) -> usize {
+    host.seen.lock().unwrap().iter().filter(|order| **order == "query-load").count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn near_the_end_the_target_is_looked_at_again_and_never_in_the_downtime() {
+    let world = World::new();
+    let (a, b, m) = transfer(&world).await;
+    a.manners.lock().unwrap().source_votes = false;
+    assert_eq!(asked(&b), 1, "once for the decision");
+    near_end(&a, &m).await;
+    world.until("it is looked at again", async || asked(&b) == 2).await;
+    // Fresh: not again at once.
+    near_end(&a, &m).await;
+    a.flow(m.parse().unwrap()).await;
+    let path = format!("/v1/migrations/{m}");
+    world.until("the guest has stopped", async || world.get(&path).await["state"] == "switchover").await;
+    // Strain that comes now ends nothing, and nobody asks.
+    b.manners.lock().unwrap().claims = vec![("memory_pressure_percent", json!(99.0))];
+    tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+    assert_eq!(asked(&b), 2, "the guest stands still: nothing is asked");
+    a.vote(m.parse().unwrap()).await;
+    assert_eq!(world.ended(&m).await["state"], "completed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_cannot_hold_the_guest_any_more_loses_it_before_the_freeze() {
+    for (claim, part) in [
+        (("memory_available_bytes", json!(1 << 20)), "by measurement"),
+        (("memory_full_pressure_percent", json!(50.0)), "full memory pressure is above"),
+        (("cpu_pressure_percent", json!(96.0)), "CPU pressure is 96 %, 95 % is the limit"),
+        (("running", json!([VmId::from_bytes([7; 16])])), "is not believed"),
+    ] {
+        let world = World::new();
+        let (a, b, m) = transfer(&world).await;
+        b.manners.lock().unwrap().claims = vec![claim];
+        near_end(&a, &m).await;
+        let view = world.ended(&m).await;
+        assert_eq!(
+            (&view["state"], &view["problem"]["code"]),
+            (&json!("failed"), &json!("insufficient-capacity"))
+        );
+        assert!(view["problem"]["detail"].as_str().unwrap().contains(part), "{view}");
+        assert!(!b.seen.lock().unwrap().contains(&"commit"), "it was never told to run");
+        let audit = world.get("/v1/audit").await;
+        assert!(audit.as_array().unwrap().iter().any(|e| e["action"] == "migration.look-again"), "{audit}");
+        world.check_settled(VmId::from_bytes([1; 16]), "host-a").await;
+    }
+}
+
+/// A transfer keeps the target's CPUs and link busy: that alone ends none.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_transfer_itself_takes_does_not_end_it() {
+    let world = World::new();
+    let (a, b, m) = transfer(&world).await;
+    let link = json!({
+        "interface": "eth0", "received_bytes_per_s": 125e6, "sent_bytes_per_s": 1.0, "capacity_bytes_per_s": 125e6,
+    });
+    b.manners.lock().unwrap().claims =
+        vec![("cpu_cores_used", json!(4.0)), ("cpu_pressure_percent", json!(94.0)), ("link", link)];
+    near_end(&a, &m).await;
+    world.until("it is looked at again", async || asked(&b) == 2).await;
+    a.flow(m.parse().unwrap()).await;
+    assert_eq!(world.ended(&m).await["state"], "completed");
 }

@@ -6,7 +6,7 @@ use api::fleet::fleet_client::FleetClient;
 use api::fleet::reply::Result as Outcome;
 use api::fleet::{
     AgentReady, Done, Hello, Hypervisor, Inspected, Interface, JoinRequest, LoadReply, MigrationEvent,
-    Prepared, Reply, RunningVm, SignedStatement, Started, ToHost, ToManager, to_host, to_manager,
+    Prepared, Probed, Reply, RunningVm, SignedStatement, Started, ToHost, ToManager, to_host, to_manager,
 };
 use hyper_util::rt::TokioIo;
 use link::ca::CaCertificate;
@@ -56,6 +56,8 @@ pub(crate) struct Manners {
     pub(crate) blind: String,
     /// What its QEMU can run.
     pub(crate) abilities: Value,
+    /// What a micro-probe comes to.
+    pub(crate) probe: Value,
     /// What it claims of its load instead of the truth.
     pub(crate) claims: Vec<(&'static str, Value)>,
     /// Guests that it does not speak of.
@@ -77,6 +79,9 @@ impl Default for Manners {
             available_bytes: 2 << 30,
             plugged: Vec::new(),
             blind: String::new(),
+            probe: json!({
+                "touched_bytes": 32 << 20, "touch_us": 20_000, "work_units": 5_000, "work_us": 5_000, "cpu_us": 4_900,
+            }),
             claims: Vec::new(),
             hides: Vec::new(),
             takes_memory: false,
@@ -431,6 +436,9 @@ impl FakeHost {
                     differences_missing,
                     ..Inspected::default()
                 })
+            }
+            B::MicroProbe(_) => {
+                Outcome::Probed(Probed { probe_json: self.manners.lock().unwrap().probe.to_string() })
             }
             B::DescribeHypervisor(_) => {
                 let abilities_json = self.manners.lock().unwrap().abilities.to_string();
@@ -818,5 +826,6 @@ fn kind_of(body: &to_host::Body) -> &'static str {
         B::Decline(_) => "decline",
         B::InspectVm(_) => "inspect-vm",
         B::DescribeHypervisor(_) => "describe-hypervisor",
+        B::MicroProbe(_) => "micro-probe",
     }
 }
