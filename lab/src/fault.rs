@@ -154,7 +154,10 @@ impl Trial {
     fn programs_on(&self, host: Machine, name: &[u8]) -> Vec<i32> {
         let is_it = |pid: &i32| {
             let line = process::command_line(*pid).unwrap_or_default();
+            // The micro-probe that waits for its order is the agent's program, and carries no stream.
+            let probes = line.split(|b| *b == 0).any(|argument| argument == b"--probe");
             process::is_alive(*pid)
+                && !probes
                 && line.split(|b| *b == 0).next().is_some_and(|program| program.ends_with(name))
         };
         self.fleet.net.node(host).cgroup().pids().into_iter().filter(is_it).collect()

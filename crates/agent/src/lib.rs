@@ -15,6 +15,7 @@
 //! | `lane` | one QEMU connection and the channel that carries it: the main one, and one for each multifd channel |
 //! | `control`, `peer`, `queue` | the daemon's socket, the other agent's end of a lane, bounded output |
 //! | `signatures` | guest pages to a scanner, and its verdict |
+//! | `probe` | another life of this program: the micro-probe of a target |
 //! | `sandbox` | what the process gives up before the first byte |
 //!
 //! Invariants met here: nothing is read from QEMU to be sent before the peer proved the permit's key on every lane
@@ -28,6 +29,7 @@ pub mod effect;
 pub(crate) mod lane;
 pub mod log;
 pub mod peer;
+pub mod probe;
 pub mod queue;
 pub mod sandbox;
 pub mod session;

@@ -18,6 +18,11 @@ fn main() -> ExitCode {
             println!("outrider-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
         }
+        Some("--probe") => match outrider_agent::probe::serve() {
+            Ok(()) => ExitCode::SUCCESS,
+            // The daemon has ended, or wants no answer any more.
+            Err(_) => ExitCode::from(4),
+        },
         Some("--self-test-sandbox") => {
             sandbox::self_test::run(&PROFILE, std::env::args().nth(2).as_deref().unwrap_or_default())
         }

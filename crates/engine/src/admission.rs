@@ -1,6 +1,14 @@
 //! Admission: whether a target has room for a guest, by what was **measured** there and by what the registry
 //! knows that it promised. A claim is believed only as far as both agree; what is missing counts as full.
 
+mod claims;
+mod pressure;
+mod probe;
+
+pub use claims::{Contradiction, Placed, cross_check};
+pub use pressure::{Limits, Measure, Strain};
+pub use probe::{Demands, Weakness, judge_probe};
+
 use types::host::{Capacity, Load};
 
 /// What the guest needs.
@@ -21,6 +29,8 @@ pub struct Promised {
     pub vcpus: u64,
     /// Guests.
     pub vms: u64,
+    /// Of that memory, what was reserved and is not taken on the host yet, so that a measurement does not show it.
+    pub pending_bytes: u64,
 }
 
 /// How much must be left over.
@@ -29,13 +39,13 @@ pub struct HeadRoom {
     /// On top of the guest's memory, in percent of it: QEMU's own memory and page tables come to a few percent,
     /// and what is measured is already a moment old.
     pub memory_percent: u32,
-    /// Most CPU pressure (PSI `some avg10`), in percent, where the kernel measures it.
-    pub cpu_pressure_percent: u32,
+    /// How strained the host may be.
+    pub limits: Limits,
 }
 
 impl Default for HeadRoom {
     fn default() -> Self {
-        Self { memory_percent: 10, cpu_pressure_percent: 90 }
+        Self { memory_percent: 10, limits: Limits::default() }
     }
 }
 
@@ -44,13 +54,16 @@ impl Default for HeadRoom {
 pub enum Shortage {
     /// Less memory is available there, measured, than the guest needs.
     #[error(
-        "{need_bytes} bytes of memory are needed (head-room included), {available_bytes} are available there by measurement"
+        "{need_bytes} bytes of memory are needed (head-room included), {available_bytes} are available there by measurement{}",
+        pending_text(*.pending_bytes)
     )]
     MeasuredMemory {
         /// With head-room.
         need_bytes: u64,
         /// Measured.
         available_bytes: u64,
+        /// Of that, what other migrations have reserved and not taken yet.
+        pending_bytes: u64,
     },
     /// The enrolled memory, less what is promised, is too little.
     #[error(
@@ -84,20 +97,9 @@ pub enum Shortage {
         /// Enrolled.
         capacity: u32,
     },
-    /// Its CPUs are overloaded.
-    #[error("its CPU pressure is {pressure_percent:.0} %, {limit_percent} % is the limit")]
-    CpuPressure {
-        /// Measured.
-        pressure_percent: f64,
-        /// The limit.
-        limit_percent: u32,
-    },
-    /// The measurement makes no sense, so nothing is believed.
-    #[error("its measured load is not usable: {detail}")]
-    BadMeasurement {
-        /// Which.
-        detail: &'static str,
-    },
+    /// It is strained, or does not say that it is not.
+    #[error(transparent)]
+    Strained(#[from] Strain),
 }
 
 /// Whether the guest fits.
@@ -127,27 +129,37 @@ pub fn admit(
     if promised.vms >= u64::from(capacity.vms) {
         return Err(Shortage::Guests { promised: promised.vms, capacity: capacity.vms });
     }
-    if measured.memory_available_bytes < need_bytes {
-        let available_bytes = measured.memory_available_bytes;
-        return Err(Shortage::MeasuredMemory { need_bytes, available_bytes });
+    let pending_bytes = with_head_room(promised.pending_bytes, head_room.memory_percent);
+    let available_bytes = measured.memory_available_bytes;
+    if available_bytes.saturating_sub(pending_bytes) < need_bytes {
+        return Err(Shortage::MeasuredMemory { need_bytes, available_bytes, pending_bytes });
     }
-    check_pressure(measured, head_room)
+    Ok(pressure::check(measured, head_room.limits)?)
+}
+
+/// Whether a target that took the guest's memory long ago still has what the guest needs beside it: room to work in,
+/// and no more strain than a target may have.
+///
+/// # Errors
+/// What it lacks.
+pub fn still_holds(demand: Demand, measured: &Load, head_room: HeadRoom) -> Result<(), Shortage> {
+    let need_bytes = demand.memory_bytes / 100 * u64::from(head_room.memory_percent);
+    let available_bytes = measured.memory_available_bytes;
+    if available_bytes < need_bytes {
+        return Err(Shortage::MeasuredMemory { need_bytes, available_bytes, pending_bytes: 0 });
+    }
+    Ok(pressure::check(measured, head_room.limits)?)
+}
+
+fn pending_text(pending_bytes: u64) -> String {
+    match pending_bytes {
+        0 => String::new(),
+        bytes => format!(", {bytes} of which are reserved for guests on their way"),
+    }
 }
 
 fn with_head_room(bytes: u64, percent: u32) -> u64 {
     bytes.saturating_add(bytes / 100 * u64::from(percent))
-}
-
-fn check_pressure(measured: &Load, head_room: HeadRoom) -> Result<(), Shortage> {
-    let Some(pressure_percent) = measured.cpu_pressure_percent else { return Ok(()) };
-    if !pressure_percent.is_finite() || pressure_percent < 0.0 {
-        return Err(Shortage::BadMeasurement { detail: "the CPU pressure is not a number of percent" });
-    }
-    if pressure_percent > f64::from(head_room.cpu_pressure_percent) {
-        let limit_percent = head_room.cpu_pressure_percent;
-        return Err(Shortage::CpuPressure { pressure_percent, limit_percent });
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -158,21 +170,20 @@ mod tests {
 
     fn load(available: u64, pressure: Option<f64>) -> Load {
         Load {
-            scope: "machine".to_owned(),
-            memory_used_bytes: 0,
             memory_available_bytes: available,
-            cpu_cores_used: 0.0,
             cpu_cores: 4.0,
             cpu_pressure_percent: pressure,
-            memory_pressure_percent: None,
-            vms: 0,
+            ..Load::default()
         }
     }
 
     fn check(promised: Promised, measured: &Load, expect: &str) {
         let demand = Demand { memory_bytes: GIB, vcpus: 2 };
         let capacity = Capacity { memory_bytes: 4 * GIB, vcpus: 4, vms: 2 };
-        let said = match admit(demand, capacity, promised, measured, HeadRoom::default()) {
+        // What is demanded to be measured at all is tested where it is judged.
+        let limits = Limits { demand_pressure: false, demand_link: false, ..Limits::default() };
+        let head_room = HeadRoom { limits, ..HeadRoom::default() };
+        let said = match admit(demand, capacity, promised, measured, head_room) {
             Ok(()) => "room".to_owned(),
             Err(shortage) => shortage.to_string(),
         };
@@ -181,7 +192,7 @@ mod tests {
 
     #[test]
     fn room_is_what_measurement_and_registry_agree_on() {
-        let promised = |memory_bytes, vcpus, vms| Promised { memory_bytes, vcpus, vms };
+        let promised = |memory_bytes, vcpus, vms| Promised { memory_bytes, vcpus, vms, pending_bytes: 0 };
         check(promised(0, 0, 0), &load(2 * GIB, None), "room");
         check(promised(0, 0, 0), &load(2 * GIB, Some(10.0)), "room");
         // The claim of plenty does not help when the registry knows better, nor the other way round.
@@ -192,5 +203,25 @@ mod tests {
         check(promised(0, 0, 0), &load(2 * GIB, Some(99.0)), "pressure");
         check(promised(0, 0, 0), &load(2 * GIB, Some(f64::NAN)), "not usable");
         check(promised(u64::MAX, u64::MAX, u64::MAX), &load(u64::MAX, None), "not promised");
+    }
+
+    #[test]
+    fn what_is_reserved_and_not_taken_yet_is_not_there_by_measurement() {
+        let promised = |pending_bytes| Promised { pending_bytes, vms: 1, ..Promised::default() };
+        check(promised(GIB), &load(3 * GIB, None), "room");
+        check(promised(GIB), &load(2 * GIB, None), "of which are reserved for guests on their way");
+        check(promised(u64::MAX), &load(u64::MAX, None), "by measurement");
+    }
+
+    #[test]
+    fn a_target_that_took_the_guest_needs_room_to_work_in() {
+        let demand = Demand { memory_bytes: GIB, vcpus: 2 };
+        let limits = Limits { demand_pressure: false, demand_link: false, ..Limits::default() };
+        let head_room = HeadRoom { limits, ..HeadRoom::default() };
+        assert_eq!(still_holds(demand, &load(GIB / 5, Some(10.0)), head_room), Ok(()));
+        let short = still_holds(demand, &load(GIB / 20, None), head_room);
+        assert!(matches!(short, Err(Shortage::MeasuredMemory { .. })), "{short:?}");
+        let strained = still_holds(demand, &load(GIB, Some(95.0)), head_room);
+        assert!(matches!(strained, Err(Shortage::Strained(Strain::Over { .. }))), "{strained:?}");
     }
 }

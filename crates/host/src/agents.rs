@@ -161,7 +161,11 @@ impl AgentSpawner {
         sweep::end_orphans(&self.group, &self.folder).await;
     }
 
-    fn locate(&self) -> Result<PathBuf, Problem> {
+    /// The agent's program.
+    ///
+    /// # Errors
+    /// `missing-program`.
+    pub(crate) fn locate(&self) -> Result<PathBuf, Problem> {
         let beside = || {
             let mut path = std::env::current_exe().ok()?;
             path.set_file_name("outrider-agent");

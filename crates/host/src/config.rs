@@ -42,6 +42,9 @@ pub struct Config {
     pub signature_rules: Option<PathBuf>,
     /// Address on the migration network: targets listen here, sources dial from here.
     pub migration_address: IpAddr,
+    /// What the interface with that address carries each way, in Mbit/s; as the kernel knows it when left out.
+    #[serde(default)]
+    pub link_mbit_per_s: Option<u32>,
     /// Ports for VM agents and for "please renounce", open only under a permit.
     #[serde(default)]
     pub data_ports: PortRange,

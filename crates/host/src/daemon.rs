@@ -8,6 +8,7 @@ use crate::journal::{Journal, JournalError};
 use crate::outbox::Outbox;
 use crate::peer::PeerSide;
 use crate::platform::Platform;
+use crate::probe::Prober;
 use crate::scanner::ScannerSpawner;
 use crate::vms::Vms;
 use api::fleet::{self, to_manager::Body};
@@ -42,6 +43,8 @@ pub struct Daemon {
     pub vms: Arc<Vms>,
     /// Starts VM agents.
     pub spawner: AgentSpawner,
+    /// Does micro-probes.
+    pub prober: Prober,
     /// Starts scanners, where a permit asks for signatures.
     pub scanners: ScannerSpawner,
     /// Agents that were spawned before their permit.

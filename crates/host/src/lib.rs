@@ -14,6 +14,7 @@
 //! | [`qmp`], [`qemu`], [`vms`] | QEMU: monitor, command line, life cycle, adoption |
 //! | [`cgroup`], [`freezer`], [`process`], [`sweep`], [`load`] | the kernel's side: groups, freezing with proof, pid descriptors |
 //! | [`journal`], [`daemon`], [`outbox`] | what is written down, shared, and told |
+//! | [`probe`] | a moment's work, to prove that there is room for more |
 //! | [`agents`], [`scanner`], [`channel`], [`peer`] | processes and sockets of one migration |
 //! | [`migration`] | the hand-over |
 //! | [`session`], [`orders`], `rpc` | the manager |
@@ -36,6 +37,7 @@ pub mod orders;
 pub mod outbox;
 pub mod peer;
 pub mod platform;
+pub mod probe;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
@@ -60,6 +62,7 @@ use crate::migration::registry::Migrations;
 use crate::migration::source::fresh_nonce;
 use crate::outbox::Outbox;
 use crate::peer::PeerSide;
+use crate::probe::Prober;
 use crate::scanner::ScannerSpawner;
 use crate::session::{SessionKeeper, certificate_warning};
 use crate::vms::instance::Instance;
@@ -85,6 +88,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     let (daemon, ended) = assemble(&config, &identity, folders)?;
     daemon.spawner.end_orphans().await;
     daemon.scanners.end_orphans().await;
+    daemon.prober.sweep().await;
     // A VM that is still frozen under a vote is held first, and decided about by its hand-over.
     daemon.vms.adopt().await.map_err(|e| e.problem())?;
     let migrations = Migrations::new(daemon.clone());
@@ -99,7 +103,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
     if let Some(platform) = daemon.platform.clone() {
         tokio::spawn(async move { platform.warm_up().await });
     }
-    let meter = LoadMeter::new(Hierarchies::detect().group(&config.cgroup).parent());
+    daemon.prober.refill();
+    let meter = LoadMeter::new(Hierarchies::detect().group(&config.cgroup).parent())
+        .with_link(config.migration_address, config.link_mbit_per_s);
     let sampler = meter.clone();
     let keeper = SessionKeeper::new(daemon.clone(), identity, &config, meter, migrations);
     tracing::info!(host = %daemon.name, vms = daemon.vms.all().len(), "host daemon runs");
@@ -111,6 +117,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send) -> R
         problem = daemon.broke() => Err(problem),
     };
     daemon.spawner.end_spare().await;
+    daemon.prober.sweep().await;
     // Agents end with this process's sockets; a source that is not frozen then resumes by itself.
     tracing::info!("host daemon ends; VMs run on");
     ended
@@ -140,6 +147,9 @@ fn assemble(
         cgroup: config.cgroup.clone(),
     };
     let (vms, ended) = Vms::new(settings);
+    let group = Hierarchies::detect().group(&config.cgroup);
+    let spawner =
+        AgentSpawner::new(config.agent_binary.clone(), group.child("agents"), folders.run.join("agents"));
     let daemon = Daemon {
         name,
         key: identity.signing.clone(),
@@ -147,11 +157,8 @@ fn assemble(
         journal: Mutex::new(JournalStore::new(journal, entries)),
         broken: watch::Sender::new(None),
         vms,
-        spawner: AgentSpawner::new(
-            config.agent_binary.clone(),
-            Hierarchies::detect().group(&config.cgroup).child("agents"),
-            folders.run.join("agents"),
-        ),
+        prober: Prober::new(spawner.clone(), group.child("probes")),
+        spawner,
         scanners: ScannerSpawner::new(
             config.scanner_binary.clone(),
             config.signature_rules.clone(),

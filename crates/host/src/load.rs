@@ -1,17 +1,29 @@
 //! Measured load: of the cgroup subtree in which this host lives, or of the machine when that is the root.
 //!
-//! Memory and limits are read when asked; CPU is a rate over the last sampling window, so that an answer costs no
-//! waiting.
+//! Memory and limits are read when asked; CPU and link are rates over the last sampling windows, so that an answer costs
+//! no waiting.
+
+mod link;
 
 use crate::cgroup::Group;
+use crate::daemon::lock;
+use crate::vms::Vms;
+use crate::vms::record::Phase;
+use link::LinkMeter;
+use std::collections::VecDeque;
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use types::host::Load;
 
-/// Window over which CPU use is measured: shorter is noise, longer is stale at an admission.
+/// How often CPU and link are looked at.
 const WINDOW: Duration = Duration::from_millis(500);
+/// The first one.
+const FIRST_WINDOW: Duration = Duration::from_millis(20);
+/// Windows over which rates are taken: fewer are noise, more are stale at an admission.
+const WINDOWS: usize = 4;
 /// Version 1 writes "no limit" as a number near 2^63.
 const NO_LIMIT_BYTES: u64 = 1 << 60;
 
@@ -20,6 +32,7 @@ const NO_LIMIT_BYTES: u64 = 1 << 60;
 pub struct LoadMeter {
     scope: Scope,
     cpu_cores_used: Arc<Mutex<f64>>,
+    link: Option<LinkMeter>,
 }
 
 #[derive(Debug, Clone)]
@@ -34,21 +47,47 @@ impl LoadMeter {
     pub fn new(host: Group) -> Self {
         let measurable = host.v2().or_else(|| host.v1("memory")).is_some_and(|f| f.exists());
         let scope = if host.path().is_empty() || !measurable { Scope::Machine } else { Scope::Group(host) };
-        Self { scope, cpu_cores_used: Arc::default() }
+        Self { scope, cpu_cores_used: Arc::default(), link: None }
     }
 
-    /// Samples CPU use until dropped.
+    /// Measures also the interface that has this address; `mbit_per_s` is what it carries, where the kernel does not
+    /// know that.
+    #[must_use]
+    pub fn with_link(self, address: IpAddr, mbit_per_s: Option<u32>) -> Self {
+        Self { link: Some(LinkMeter::new(address, mbit_per_s)), ..self }
+    }
+
+    /// Samples CPU and link use until dropped.
     pub async fn sample(&self) {
-        let mut before = (Instant::now(), self.cpu_seconds());
+        let mut seen = VecDeque::from([(Instant::now(), self.cpu_seconds())]);
+        if let Some(link) = &self.link {
+            // Two looks make a rate: the first decision must not find that there is none.
+            link.look().await;
+            tokio::time::sleep(FIRST_WINDOW).await;
+        }
         loop {
+            if let Some(link) = &self.link {
+                link.look().await;
+            }
             tokio::time::sleep(WINDOW).await;
             let now = (Instant::now(), self.cpu_seconds());
-            let rate = (now.1 - before.1).max(0.0) / (now.0 - before.0).as_secs_f64().max(0.001);
-            if let Ok(mut used) = self.cpu_cores_used.lock() {
-                *used = rate;
+            let before = seen.front().copied().unwrap_or(now);
+            *lock(&self.cpu_cores_used) =
+                (now.1 - before.1).max(0.0) / (now.0 - before.0).as_secs_f64().max(0.001);
+            seen.push_back(now);
+            if seen.len() > WINDOWS {
+                seen.pop_front();
             }
-            before = now;
         }
+    }
+
+    /// The load now, with the guests of this host.
+    #[must_use]
+    pub fn load_with(&self, vms: &Vms) -> Load {
+        let all = vms.all();
+        let runs = all.iter().filter(|i| i.record().phase == Phase::Running && i.process().is_alive());
+        let running = runs.map(|instance| instance.vm()).collect();
+        Load { running: Some(running), ..self.load(u32::try_from(all.len()).unwrap_or(u32::MAX)) }
     }
 
     /// The load now.
@@ -71,15 +110,22 @@ impl LoadMeter {
             Some(limit) => limit.saturating_sub(used).min(machine_available),
             None => machine_available,
         };
+        // Where version 2 is not mounted, the machine's pressure is more than that of any group in it.
+        let pressure = pressure.filter(|f| f.join("cpu.pressure").exists() || f.join("cpu").exists());
+        let pressure = pressure.unwrap_or_else(|| PathBuf::from("/proc/pressure"));
         Load {
             scope: name,
             memory_used_bytes: used,
             memory_available_bytes: available,
-            cpu_cores_used: self.cpu_cores_used.lock().map_or(0.0, |used| *used),
+            cpu_cores_used: *lock(&self.cpu_cores_used),
             cpu_cores: self.cpu_cores(),
-            cpu_pressure_percent: pressure.as_deref().and_then(|f| psi(f, "cpu")),
-            memory_pressure_percent: pressure.as_deref().and_then(|f| psi(f, "memory")),
+            cpu_pressure_percent: psi(&pressure, "cpu", "some"),
+            memory_pressure_percent: psi(&pressure, "memory", "some"),
+            memory_full_pressure_percent: psi(&pressure, "memory", "full"),
+            io_pressure_percent: psi(&pressure, "io", "some"),
+            link: self.link.as_ref().and_then(LinkMeter::used),
             vms,
+            running: None,
         }
     }
 
@@ -159,12 +205,13 @@ fn meminfo(key: &str) -> u64 {
     kib.saturating_mul(1024)
 }
 
-fn psi(folder: &Path, what: &str) -> Option<f64> {
+/// The share of the last ten seconds in which `some` task, or the `full` group, waited for it.
+fn psi(folder: &Path, what: &str, kind: &str) -> Option<f64> {
     let text = fs::read_to_string(folder.join(format!("{what}.pressure")))
         .or_else(|_| fs::read_to_string(folder.join(what)))
         .ok()?;
-    let some = text.lines().find(|l| l.starts_with("some "))?;
-    some.split_whitespace().find_map(|w| w.strip_prefix("avg10=")?.parse().ok())
+    let line = text.lines().find(|l| l.split(' ').next() == Some(kind))?;
+    line.split_whitespace().find_map(|w| w.strip_prefix("avg10=")?.parse().ok())
 }
 
 fn number(folder: Option<PathBuf>, file: &str) -> Option<u64> {
@@ -187,6 +234,45 @@ mod tests {
         assert_eq!((load.scope.as_str(), load.vms), ("machine", 3));
         assert!(load.memory_available_bytes > 0 && load.memory_used_bytes > 0 && load.cpu_cores >= 1.0);
         assert!(meter.cpu_seconds() > 0.0);
+        let pressures =
+            [load.cpu_pressure_percent, load.memory_pressure_percent, load.memory_full_pressure_percent];
+        assert_eq!(
+            pressures.iter().all(Option::is_some),
+            Path::new("/proc/pressure/cpu").exists(),
+            "{load:?}"
+        );
+    }
+
+    #[test]
+    fn pressure_is_read_by_kind_and_what_is_not_there_is_missing() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let text = "some avg10=1.50 avg60=2.00 avg300=3.00 total=9\nfull avg10=0.25 avg60=0.00 avg300=0.00 total=1\n";
+        fs::write(folder.path().join("memory.pressure"), text).expect("a file");
+        fs::write(folder.path().join("io.pressure"), "some avg10=x\n").expect("a file");
+        let read = |what, kind| psi(folder.path(), what, kind);
+        assert_eq!((read("memory", "some"), read("memory", "full")), (Some(1.5), Some(0.25)));
+        assert_eq!((read("io", "some"), read("io", "full"), read("cpu", "some")), (None, None, None));
+    }
+
+    #[tokio::test]
+    async fn the_use_of_a_cpu_shows_within_the_windows() {
+        let meter = LoadMeter::new(Hierarchies::detect().group(""));
+        let (sampler, ended) = (meter.clone(), Arc::new(std::sync::atomic::AtomicBool::new(false)));
+        let stop = ended.clone();
+        let busy = std::thread::spawn(move || {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                std::hint::black_box(0);
+            }
+        });
+        let sampling = tokio::spawn(async move { sampler.sample().await });
+        let since = Instant::now();
+        while meter.load(0).cpu_cores_used < 0.5 {
+            assert!(since.elapsed() < Duration::from_secs(20), "{:?}", meter.load(0));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        sampling.abort();
+        ended.store(true, std::sync::atomic::Ordering::Relaxed);
+        busy.join().expect("it only counts");
     }
 
     #[test]

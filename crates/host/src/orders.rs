@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use types::handover::{
     AbortReason, HandoverKey, MigrationRequest, PriorRunState, Side, Statement, StreamEvidence,
 };
-use types::vm::VmSpec;
+use types::vm::{Accel, VmSpec};
 use types::{Digest, Epoch, ErrorCode, MigrationId, Problem, VmId};
 
 /// Agents that wait for a permit; each costs a process.
@@ -81,6 +81,10 @@ impl Orders {
             }
             Body::InspectVm(order) => self.run(id, name, async move { this.inspect_vm(order).await }),
             Body::Quote(order) => self.run(id, name, async move { this.quote(order).await }),
+            Body::MicroProbe(order) => self.run(id, name, async move { this.micro_probe(order).await }),
+            Body::DescribeHypervisor(order) => {
+                self.run(id, name, async move { this.describe_hypervisor(order).await });
+            }
             Body::Renounce(order) => self.reply(id, name, self.renounce(order)),
             Body::Decline(order) => self.reply(id, name, self.decline(&order)),
             hand_over => match self.hand_over(hand_over) {
@@ -126,8 +130,7 @@ impl Orders {
     }
 
     fn load(&self) -> reply::Result {
-        let vms = u32::try_from(self.daemon.vms.all().len()).unwrap_or(u32::MAX);
-        let load_json = serde_json::to_string(&self.meter.load(vms)).unwrap_or_default();
+        let load_json = serde_json::to_string(&self.meter.load_with(&self.daemon.vms)).unwrap_or_default();
         reply::Result::Load(fleet::LoadReply { load_json })
     }
 
@@ -176,6 +179,24 @@ impl Orders {
             differences_missing,
             catalogue_missing,
         }))
+    }
+
+    /// What this host's QEMU can run.
+    async fn describe_hypervisor(&self, order: fleet::DescribeHypervisor) -> Outcome {
+        let accel = match order.accel.as_str() {
+            "kvm" => Accel::Kvm,
+            "tcg" => Accel::Tcg,
+            other => return Err(bad(format!("{other:?} is no accelerator"))),
+        };
+        let abilities = self.daemon.vms.abilities(&order.machine, &order.cpu_model, accel).await?;
+        let abilities_json = serde_json::to_string(&abilities).map_err(|e| bad(e.to_string()))?;
+        Ok(reply::Result::Hypervisor(fleet::Hypervisor { abilities_json }))
+    }
+
+    async fn micro_probe(&self, order: fleet::MicroProbe) -> Outcome {
+        let probe = self.daemon.prober.probe(order.memory_bytes, order.work_us).await?;
+        let probe_json = serde_json::to_string(&probe).map_err(|e| bad(e.to_string()))?;
+        Ok(reply::Result::Probed(fleet::Probed { probe_json }))
     }
 
     async fn catalogue_json(&self, record: &Record) -> Result<String, Problem> {
@@ -522,5 +543,7 @@ fn name_of(body: &Body) -> &'static str {
         Body::Decline(_) => "decline",
         Body::InspectVm(_) => "inspect-vm",
         Body::Quote(_) => "quote",
+        Body::DescribeHypervisor(_) => "describe-hypervisor",
+        Body::MicroProbe(_) => "micro-probe",
     }
 }

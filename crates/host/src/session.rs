@@ -269,8 +269,7 @@ async fn pump(
                 }
                 sequence += 1;
                 last = tokio::time::Instant::now();
-                let vms = u32::try_from(daemon.vms.all().len()).unwrap_or(u32::MAX);
-                let load_json = serde_json::to_string(&meter.load(vms)).unwrap_or_default();
+                let load_json = serde_json::to_string(&meter.load_with(&daemon.vms)).unwrap_or_default();
                 let beat = to_manager::Body::Heartbeat(Heartbeat { sequence, load_json });
                 if stream.send(ToManager { body: Some(beat) }).await.is_err() {
                     return;

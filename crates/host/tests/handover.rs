@@ -606,3 +606,57 @@ async fn a_renewal_that_is_not_answered_holds_nothing_up() {
     host.until("the renewal is given up", |h| h.log().contains("issues no certificate")).await;
     assert_eq!(manager.world.lock().unwrap().hellos.len(), 1, "in the same session");
 }
+
+/// A moment's work among the guests' cgroups: done, bounded, shared by those who ask at once, and gone afterwards.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_proves_that_it_can_do_a_moments_work() {
+    if let Some(reason) = missing() {
+        skip::skip(&reason);
+        return;
+    }
+    let folder = tempfile::Builder::new().prefix("ohp").tempdir().unwrap();
+    let manager = Manager::start(folder.path()).await;
+    let host = Host::start(&manager, folder.path(), "host-a", "127.0.0.1").await;
+    let ask = async |memory_bytes: u64, work_us: u32| {
+        let order = to_host::Body::MicroProbe(fleet::MicroProbe { memory_bytes, work_us });
+        let began = std::time::Instant::now();
+        match manager.order("host-a", order).await {
+            Ok(fleet::reply::Result::Probed(said)) => {
+                println!("{} in {:.1} ms", said.probe_json, began.elapsed().as_secs_f64() * 1e3);
+                Ok(serde_json::from_str::<types::host::Probe>(&said.probe_json).unwrap())
+            }
+            other => Err(format!("{other:?}")),
+        }
+    };
+    let first = ask(32 << 20, 5_000).await.unwrap();
+    assert_eq!(first.touched_bytes, 32 << 20);
+    assert!(first.work_us >= 5_000 && first.cpu_us > 0 && first.work_units > 0, "{first:?}");
+    let (one, two) = tokio::join!(ask(8 << 20, 1_000), ask(8 << 20, 1_000));
+    assert_eq!(one.unwrap(), two.unwrap(), "asked at once, done once");
+    for (memory_bytes, work_us) in [((64 << 20) + 1, 1_000), (1 << 20, 20_001)] {
+        assert!(ask(memory_bytes, work_us).await.unwrap_err().contains("bad-request"));
+    }
+    // The next process waits; one that is killed there costs a start, not the answer. The one that answered last may
+    // still be on its way out: what counts is one that waits.
+    let probes = host.group().child("probes");
+    let waiting = || {
+        let waits = |pid: &u32| command(*pid).contains("--probe") && state(*pid) == Some('S');
+        probes.processes().into_iter().filter(waits).collect::<Vec<_>>()
+    };
+    host.until("one is started ahead", |_| waiting().len() == 1).await;
+    for pid in waiting() {
+        std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+    }
+    assert_eq!(ask(1 << 20, 1_000).await.unwrap().touched_bytes, 1 << 20);
+    host.until("one is started ahead", |_| waiting().len() == 1).await;
+    assert_eq!(ask(1 << 20, 2_000).await.unwrap().touched_bytes, 1 << 20);
+}
+
+fn command(pid: u32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default()
+}
+
+fn state(pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}

@@ -496,3 +496,89 @@ fn a_nic_gets_a_tap_on_its_bridge() {
         Err(error) => skip::skip(&format!("unshare: {error}")),
     }
 }
+
+/// The QEMU of Debian 12, which `cargo xtask setup` unpacks, started so that it finds its firmware.
+fn older_qemu(bench: &Bench) -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/lab/qemu72");
+    if !root.join(".complete").exists() {
+        skip::skip("QEMU 7.2 is not unpacked (run `cargo xtask setup`)");
+        return None;
+    }
+    let usr = root.canonicalize().unwrap().join("usr");
+    let script = format!(
+        "#!/bin/sh\nexec {0}/bin/qemu-system-x86_64 -L {0}/share/qemu -L {0}/share/seabios -L {0}/lib/ipxe/qemu \"$@\"\n",
+        usr.display()
+    );
+    let path = bench.folder.path().join("qemu-older");
+    std::fs::write(&path, script).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    Some(path)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_real_qemus_say_what_they_can_run_and_are_judged_by_it() {
+    use engine::compatibility::{Need, judge};
+    use types::vm::Accel;
+    let Some(bench) = Bench::new("abilities") else { return };
+    let Some(older) = older_qemu(&bench) else { return };
+    let (newer, older) = (bench.vms(), bench.vms_of(Some(older)));
+    let both = async |machine: &str, cpu_model: &str| {
+        let newer = newer.abilities(machine, cpu_model, Accel::Tcg).await.unwrap();
+        (newer, older.abilities(machine, cpu_model, Accel::Tcg).await.unwrap())
+    };
+    let verdict = |from: &_, to: &_, machine: &str, cpu_model: &str| {
+        judge(Need { machine, cpu_model }, from, to).map_or_else(|e| e.to_string(), |()| "fits".to_owned())
+    };
+    let (new, old) = both("pc-q35-10.0", "qemu64").await;
+    assert!(
+        new.hypervisor.starts_with("qemu/10.") && old.hypervisor.starts_with("qemu/7.2."),
+        "{}",
+        old.hypervisor
+    );
+    assert!(new.cpu_features.as_ref().unwrap().contains("sse2"));
+    assert_eq!(old.cpu_missing, "its QEMU has no machine pc-q35-10.0");
+    let said = verdict(&new, &old, "pc-q35-10.0", "qemu64");
+    assert!(said.starts_with("machine pc-q35-10.0 is not known to its qemu/7.2."), "{said}");
+    assert!(said.ends_with("newest it knows: pc-q35-7.2"), "{said}");
+    // A machine and a CPU that both have: it fits both ways.
+    let (new, old) = both("pc-q35-7.2", "qemu64").await;
+    assert_eq!(verdict(&new, &old, "pc-q35-7.2", "qemu64"), "fits");
+    assert_eq!(verdict(&old, &new, "pc-q35-7.2", "qemu64"), "fits");
+    // Emulation learned features since.
+    let (new, old) = both("pc-q35-7.2", "EPYC").await;
+    let said = verdict(&new, &old, "pc-q35-7.2", "EPYC");
+    assert!(
+        said.contains("lacks features there that the guest has now") && said.contains("sha-ni"),
+        "{said}"
+    );
+    assert_eq!(verdict(&old, &new, "pc-q35-7.2", "EPYC"), "fits");
+    let (new, old) = both("pc-q35-7.2", "GraniteRapids").await;
+    assert!(new.cpu_features.is_some());
+    let said = verdict(&new, &old, "pc-q35-7.2", "GraniteRapids");
+    assert!(said.starts_with("CPU model GraniteRapids is not known"), "{said}");
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_qemu_can_run_is_asked_once_and_a_qemu_that_cannot_say_says_so() {
+    use types::vm::Accel;
+    let Some(bench) = Bench::new("ability-cache") else { return };
+    let vms = bench.vms_of(Some(bench.wrapped("")));
+    let ask = async || vms.abilities("pc-q35-10.0", "qemu64", Accel::Tcg).await.unwrap();
+    let (one, two, three) = tokio::join!(ask(), ask(), ask());
+    assert!(one.cpu_features.is_some() && one == two && two == three);
+    assert_eq!(bench.dry_runs(), 1);
+    let broken = bench.vms_of(Some(bench.wrapped("echo no such thing >&2; exit 1")));
+    let said = broken.abilities("pc-q35-10.0", "qemu64", Accel::Tcg).await.unwrap();
+    assert!(
+        said.cpu_features.is_none() && said.cpu_missing.contains("no such thing"),
+        "{}",
+        said.cpu_missing
+    );
+    if !Path::new("/dev/kvm").exists() {
+        let said = vms.abilities("pc-q35-10.0", "qemu64", Accel::Kvm).await.unwrap();
+        assert_eq!(said.cpu_missing, "it has no /dev/kvm");
+    }
+    assert!(bench.dry_run_pids().is_empty());
+    bench.nothing_is_left();
+}

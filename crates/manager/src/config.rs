@@ -1,5 +1,9 @@
 //! Configuration: TOML, every key documented here, unknown keys are errors.
 
+mod admission;
+
+pub use admission::{Admission, Demanded};
+
 use registry::Database;
 use serde::Deserialize;
 use std::net::{IpAddr, SocketAddr};
@@ -51,6 +55,8 @@ pub struct Config {
     /// `+report-unvouched`.
     #[serde(deserialize_with = "profile")]
     pub inspection_profile: InspectionProfile,
+    /// What a target must show.
+    pub admission: Admission,
     /// Budgets that permits carry.
     pub budgets: Budgets,
 }
@@ -89,6 +95,7 @@ impl Default for Config {
             multifd_channels: 0,
             multifd_channels_max: MAX_MULTIFD_CHANNELS,
             inspection_profile: InspectionProfile::default(),
+            admission: Admission::default(),
             budgets: Budgets::default(),
         }
     }
@@ -195,7 +202,7 @@ impl Config {
         if self.budgets.stream_memory_multiple == 0 || self.concurrent_migrations == 0 {
             return bad("budgets.stream_memory_multiple and concurrent_migrations must be at least 1");
         }
-        Ok(())
+        self.admission.validate().or_else(|why| bad(&why))
     }
 
     /// `host:port` for join tokens, given the port that is really listened on.
@@ -254,6 +261,12 @@ mod tests {
         check("operator_listen = \"nowhere\"", Err("operator_listen"));
         check("trust_domain = \"A B\"", Err("trust_domain"));
         check("join_token_minutes = 0", Err("join_token_minutes"));
+        check("[admission]\ndemand = []\nprobe_mib = 0", Ok(()));
+        check("[admission]\ndemand = [\"luck\"]", Err("luck"));
+        check("[admission]\nprobe_mib = 65", Err("admission.probe_mib"));
+        check("[admission]\nprobe_work_us = 20001", Err("probe_work_us"));
+        check("[admission]\nprobe_cpu_percent = 101", Err("probe_cpu_percent"));
+        check("[admission]\nclaim_percent = 99", Err("admission.claim_percent"));
         check("name = \"Bad Name\"", Err("name"));
         check("multifd_channels = 4", Ok(()));
         check("multifd_channels_max = 17", Err("multifd_channels_max"));

@@ -31,6 +31,8 @@ pub(crate) struct Manager {
     pub(crate) hurry: Hurry,
     pub(crate) ordered: Ordered,
     pub(crate) leases: Leases,
+    /// What targets did in micro-probes.
+    pub(crate) probes: crate::migration::probe::History,
     /// Of the joins.
     pub(crate) door: Doorkeeper,
     /// Of the TPMs of hosts that join.
@@ -142,6 +144,11 @@ impl Ordered {
         self.0.lock().expect("no holder of this lock can panic: it only moves values in a set")
     }
 
+    /// Whether one is under way about a VM.
+    pub(crate) fn is_under_way(&self, vm: &Name) -> bool {
+        self.lock().contains(vm)
+    }
+
     /// Begins an order about a VM; `None` while another one is under way.
     pub(crate) fn enter(&self, vm: &Name) -> Option<Ordering> {
         self.lock().insert(vm.clone()).then(|| Ordering { ordered: self.clone(), vm: vm.clone() })
@@ -177,6 +184,9 @@ pub(crate) struct Progress {
     pub(crate) stream_bytes: u64,
     /// When the stream last moved.
     pub(crate) moved_us: i64,
+    /// The guest's memory, and what is left of it in this pass, as the source's QEMU last told.
+    pub(crate) memory_bytes: u64,
+    pub(crate) remaining_bytes: u64,
 }
 
 impl Watch {

@@ -31,7 +31,7 @@ mod policy;
 mod tokens;
 mod vms;
 
-pub use config::{Budgets, Config};
+pub use config::{Admission, Budgets, Config, Demanded};
 pub use policy::table as policy_table;
 
 use crate::anchor::Anchor;
@@ -133,6 +133,7 @@ pub async fn run_with(
         hurry: Hurry::default(),
         ordered: Ordered::default(),
         leases,
+        probes: migration::probe::History::default(),
         door: http::Doorkeeper::default(),
         challenges: attestation::enrolment::Challenges::default(),
         anchor: Anchor::open(&state),

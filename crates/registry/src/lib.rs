@@ -12,6 +12,7 @@
 //!
 //! Architecture invariant: no decisions here. Rows go in and out; who may do what is decided by the manager.
 
+mod admission;
 mod audit;
 mod backend;
 mod database;

@@ -68,6 +68,8 @@ codes! {
     PolicyDenied = "policy-denied", 403, 3;
     /// The target lacks room.
     InsufficientCapacity = "insufficient-capacity", 409, 3;
+    /// The target's hypervisor cannot run the VM as it is.
+    IncompatibleTarget = "incompatible-target", 409, 3;
     /// A limit on migrations at once or in a time is reached.
     LimitReached = "limit-reached", 429, 3;
     /// The permit was refused by a daemon or an agent.

@@ -1,7 +1,8 @@
 //! A host's record and what it reports about itself.
 
-use crate::id::{HostName, Name};
+use crate::id::{HostName, Name, VmId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 /// What an admin enrols.
@@ -67,8 +68,9 @@ pub struct Interface {
     pub addresses: Vec<IpAddr>,
 }
 
-/// The measured load of a host: of its cgroup subtree, or of the machine when that is the root.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// The measured load of a host: of its cgroup subtree, or of the machine when that is the root. What an older daemon
+/// does not measure is missing.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Load {
     /// Name of what was measured: a cgroup path or `machine`.
     pub scope: String,
@@ -84,8 +86,73 @@ pub struct Load {
     pub cpu_pressure_percent: Option<f64>,
     /// PSI `some avg10` of memory in percent, where the kernel has it.
     pub memory_pressure_percent: Option<f64>,
-    /// Guests that run there.
+    /// QEMUs that are held there, also those that wait for a migration.
     pub vms: u32,
+    /// PSI `full avg10` of memory in percent: nothing at all could run for want of it.
+    #[serde(default)]
+    pub memory_full_pressure_percent: Option<f64>,
+    /// PSI `some avg10` of I/O in percent.
+    #[serde(default)]
+    pub io_pressure_percent: Option<f64>,
+    /// The interface of the migration network.
+    #[serde(default)]
+    pub link: Option<LinkUse>,
+    /// The guests that run there: processes that live, not records.
+    #[serde(default)]
+    pub running: Option<BTreeSet<VmId>>,
+}
+
+/// How much of a link is used, over the last seconds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LinkUse {
+    /// Name of the interface.
+    pub interface: String,
+    /// Bytes per second that came in.
+    pub received_bytes_per_s: f64,
+    /// Bytes per second that went out.
+    pub sent_bytes_per_s: f64,
+    /// What it carries each way, where that is known.
+    pub capacity_bytes_per_s: Option<f64>,
+}
+
+/// What a host did when it was asked to prove what it can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probe {
+    /// Bytes of fresh memory, each page of them written to.
+    pub touched_bytes: u64,
+    /// How long that took, microseconds.
+    pub touch_us: u64,
+    /// Units of work, of a fixed kind.
+    pub work_units: u64,
+    /// How long they took, microseconds.
+    pub work_us: u64,
+    /// CPU time that they took, microseconds.
+    pub cpu_us: u64,
+}
+
+impl Probe {
+    /// How fast memory came, MiB per second; nothing when the numbers make no sense.
+    #[must_use]
+    #[allow(clippy::cast_precision_loss)]
+    pub fn touch_mib_per_s(&self) -> Option<f64> {
+        let mib = self.touched_bytes as f64 / f64::from(1 << 20);
+        (self.touch_us > 0).then(|| mib / (self.touch_us as f64 / 1e6))
+    }
+
+    /// How much of a CPU it had while it worked, percent. A little more than all of it is the clocks' doing.
+    #[must_use]
+    #[allow(clippy::cast_precision_loss)]
+    pub fn cpu_share_percent(&self) -> Option<f64> {
+        let share = self.cpu_us as f64 / self.work_us as f64 * 100.0;
+        (self.work_us > 0 && share <= 150.0).then_some(share)
+    }
+
+    /// Units of work per millisecond.
+    #[must_use]
+    #[allow(clippy::cast_precision_loss)]
+    pub fn units_per_ms(&self) -> Option<f64> {
+        (self.work_us > 0).then(|| self.work_units as f64 / (self.work_us as f64 / 1e3))
+    }
 }
 
 /// How a host stands.

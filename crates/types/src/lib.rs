@@ -7,6 +7,7 @@ pub mod agent;
 pub mod error;
 pub mod handover;
 pub mod host;
+pub mod hypervisor;
 pub mod id;
 pub mod inventory;
 pub mod layout;

@@ -84,7 +84,7 @@ pub(crate) fn structures(bytes: &[u8]) {
         1 => {
             if let Ok(public) = Public::parse(bytes) {
                 assert!(public.as_bytes() == bytes, "what was read does not write back");
-                drop((public.may_attest(), public.may_endorse(), public.name()));
+                let _verdicts = (public.may_attest(), public.may_endorse(), public.name());
             }
         }
         _ => drop(Signature::parse(bytes)),

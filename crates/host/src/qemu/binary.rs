@@ -22,6 +22,8 @@ pub struct Binary {
     changed: Option<SystemTime>,
     machines: BTreeSet<String>,
     aliases: BTreeMap<String, String>,
+    cpu_models: BTreeSet<String>,
+    cpu_flags: BTreeSet<String>,
 }
 
 impl Binary {
@@ -47,7 +49,26 @@ impl Binary {
         let help = ask(&path, &["-machine", "help"]).await?;
         let (machines, aliases) = parse_machines(&help);
         let data_folders = ask(&path, &["-L", "help"]).await?.lines().map(PathBuf::from).collect();
-        Ok(Self { path, changed, hypervisor, data_folders, machines, aliases })
+        let (cpu_models, cpu_flags) = parse_cpus(&ask(&path, &["-cpu", "help"]).await?);
+        Ok(Self { path, changed, hypervisor, data_folders, machines, aliases, cpu_models, cpu_flags })
+    }
+
+    /// Exact machine types.
+    #[must_use]
+    pub fn machines(&self) -> &BTreeSet<String> {
+        &self.machines
+    }
+
+    /// CPU models, with aliases and versions.
+    #[must_use]
+    pub fn cpu_models(&self) -> &BTreeSet<String> {
+        &self.cpu_models
+    }
+
+    /// CPUID flags by QEMU's names: what of a CPU's properties a guest can see.
+    #[must_use]
+    pub fn cpu_flags(&self) -> &BTreeSet<String> {
+        &self.cpu_flags
     }
 
     /// The exact machine type that a name means here.
@@ -114,9 +135,33 @@ fn parse_machines(help: &str) -> (BTreeSet<String>, BTreeMap<String, String>) {
     (machines, aliases)
 }
 
+/// Models, then flags. Older QEMUs write `x86 ` before each model.
+fn parse_cpus(help: &str) -> (BTreeSet<String>, BTreeSet<String>) {
+    let (models, flags) = help.split_once("Recognized CPUID flags:").unwrap_or((help, ""));
+    let model = |line: &str| {
+        let mut words = line.split_whitespace();
+        let first = words.next().filter(|_| line.starts_with(' ') || line.starts_with("x86 "))?;
+        if line.starts_with("x86 ") { words.next() } else { Some(first) }.map(str::to_owned)
+    };
+    (models.lines().filter_map(model).collect(), flags.split_whitespace().map(str::to_owned).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cpus_are_read_as_old_and_new_qemus_write_them() {
+        let newer = "Available CPUs:\n  486                   (alias configured by machine type)\n  486-v1                \n\
+            \x20 EPYC-v1               AMD EPYC Processor\n\nRecognized CPUID flags:\n  3dnow abm\n  aes\n";
+        let older = newer.replace("\n  486", "\nx86 486").replace("\n  EPYC", "\nx86 EPYC");
+        for help in [newer, &older] {
+            let (models, flags) = parse_cpus(help);
+            assert_eq!(models.iter().collect::<Vec<_>>(), ["486", "486-v1", "EPYC-v1"]);
+            assert_eq!(flags.iter().collect::<Vec<_>>(), ["3dnow", "abm", "aes"]);
+        }
+        assert_eq!(parse_cpus("no list"), (BTreeSet::new(), BTreeSet::new()));
+    }
 
     #[test]
     fn machine_list_is_read() {

@@ -25,6 +25,7 @@ use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 use table::{Admission, SharedTable, Table};
 use tokio::sync::mpsc;
+use types::hypervisor::Abilities;
 use types::inventory::Inventory;
 use types::vm::{Accel, FileRef, VmSpec};
 use types::{Digest, Epoch, ErrorCode, HandoverKey, Problem, VmId};
@@ -197,6 +198,41 @@ impl Vms {
         // A key names the files by what the spec says that they are.
         self.check(spec).await?;
         self.catalogues.make(key, &binary, &machine, spec).await.map_err(|e| e.problem())
+    }
+
+    /// What this host's QEMU can run, and which CPU features a VM with this machine type, CPU model and accelerator
+    /// would have here.
+    ///
+    /// # Errors
+    /// There is no QEMU, or it does not answer. That the CPU can't be found out is part of the answer.
+    pub async fn abilities(
+        &self,
+        machine: &str,
+        cpu_model: &str,
+        accel: Accel,
+    ) -> Result<Abilities, Problem> {
+        let binary = self.binary().await?;
+        let features = if !binary.machines().contains(machine) {
+            Err(format!("its QEMU has no machine {machine}"))
+        } else if !binary.cpu_models().contains(cpu_model) {
+            Err(format!("its QEMU has no CPU model {cpu_model}"))
+        } else if accel == Accel::Kvm && !Path::new("/dev/kvm").exists() {
+            Err("it has no /dev/kvm".to_owned())
+        } else {
+            let found = self.catalogues.cpu_features(&binary, machine, cpu_model, accel).await;
+            found.map_err(|problem| problem.detail)
+        };
+        let (cpu_features, cpu_missing) = match features {
+            Ok(features) => (Some((*features).clone()), String::new()),
+            Err(why) => (None, why),
+        };
+        Ok(Abilities {
+            hypervisor: binary.hypervisor.clone(),
+            machines: binary.machines().clone(),
+            cpu_models: binary.cpu_models().clone(),
+            cpu_features,
+            cpu_missing,
+        })
     }
 
     /// The same of a spec that has been checked.

@@ -151,7 +151,7 @@ impl Host {
     pub fn qemus(&self) -> Vec<u32> {
         let all = self.group().children();
         all.iter()
-            .filter(|g| !["/agents", "/scanners"].iter().any(|own| g.path().ends_with(own)))
+            .filter(|g| !["/agents", "/scanners", "/probes"].iter().any(|own| g.path().ends_with(own)))
             .flat_map(Group::processes)
             .collect()
     }
@@ -256,7 +256,8 @@ impl Drop for Host {
             child.wait().ok();
         }
         // What a failed test left: by pid, out of this host's own groups, and thawed so that it dies.
-        for child in self.group().children().iter().chain(&self.group().child("agents").children()) {
+        let own = [self.group().child("agents").children(), self.group().children()].concat();
+        for child in &own {
             for pid in child.processes() {
                 Command::new("kill").args(["-9", &pid.to_string()]).status().ok();
             }

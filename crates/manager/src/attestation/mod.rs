@@ -89,12 +89,15 @@ pub(crate) struct Proof {
 pub(crate) enum Stage {
     /// Before its permit.
     Permit,
+    /// While the stream flows, before the guest is stopped.
+    Convergence,
 }
 
 impl Stage {
     const fn as_str(self) -> &'static str {
         match self {
             Self::Permit => "permit",
+            Self::Convergence => "convergence",
         }
     }
 }
@@ -194,11 +197,22 @@ pub(crate) async fn prove(
     session: &Session,
     purpose: Purpose,
 ) -> Result<Option<Proof>, Problem> {
+    prove_since(manager, host, session, purpose, None).await
+}
+
+/// The same; with a clock, the TPM must not have been started anew since.
+async fn prove_since(
+    manager: &Manager,
+    host: &HostRow,
+    session: &Session,
+    purpose: Purpose,
+    start: Option<ClockInfo>,
+) -> Result<Option<Proof>, Problem> {
     let asked = async {
         let mut tx = manager.registry.read("platform").await.map_err(Problem::from)?;
         let Some(standing) = standing(&mut tx, host).await? else { return Ok(None) };
         drop(tx);
-        question(manager, session, standing, purpose).await.map(Some)
+        question(manager, session, standing, purpose, start).await.map(Some)
     };
     match asked.await {
         Ok(proof) => Ok(proof),
@@ -216,6 +230,7 @@ async fn question(
     session: &Session,
     standing: Standing,
     purpose: Purpose,
+    start: Option<ClockInfo>,
 ) -> Result<Proof, Failed> {
     // A log explains a mismatch to people: where they look. In a migration it would be bytes for nothing.
     let with_log = matches!(purpose, Purpose::HostCheck);
@@ -225,7 +240,10 @@ async fn question(
         enrolled: &standing.enrolled,
         reference: &standing.reference,
         binding: &binding,
-        last_seen: standing.clock.map_or(LastSeen::Never, LastSeen::Earlier),
+        last_seen: match start {
+            Some(clock) => LastSeen::SameStart(clock),
+            None => standing.clock.map_or(LastSeen::Never, LastSeen::Earlier),
+        },
         now_unix_s: clock::now_s(),
     };
     match appraise(&expectation, &evidence) {
@@ -357,6 +375,45 @@ pub(crate) async fn granted(
         }
     }
     Ok(quotes)
+}
+
+/// While the stream flows, both hosts prove themselves again, as the same machines that were not started anew since the
+/// permit. Nothing to ask where neither record names a TPM.
+///
+/// # Errors
+/// `host-unreachable`; `attestation-failed`, as for a permit.
+pub(crate) async fn again(manager: &Manager, id: MigrationId, hosts: [&HostRow; 2]) -> Result<(), Problem> {
+    if hosts.iter().all(|host| host.spec.tpm.is_none()) {
+        return Ok(());
+    }
+    let mut tx = manager.registry.read("quotes of a permit").await?;
+    let (permit, quotes) = (tx.permit(id).await?, tx.quotes(id).await?);
+    drop(tx);
+    let permit = permit.ok_or_else(|| failed(format!("migration {id} has no permit on record")))?;
+    let one = async |side: Side, host: &HostRow| {
+        let spki = &permit.claims.part(side).agent_spki;
+        let purpose = Purpose::Migration { migration: id, side, agent_spki: Digest::of(spki) };
+        let first = quotes.iter().find(|q| q.side == side && q.stage == Stage::Permit.as_str());
+        let appraisal: Option<Appraisal> = first.and_then(|q| serde_json::from_str(&q.appraisal).ok());
+        let start = appraisal.and_then(|appraisal| appraisal.clock);
+        if host.spec.tpm.is_some() && start.is_none() {
+            let detail = format!("the quote of host {} for the permit is not on record", host.name());
+            return Err(failed(detail));
+        }
+        let session = gates::live(manager, host)?;
+        Ok::<_, Problem>(
+            prove_since(manager, host, &session, purpose, start).await?.map(|proof| (side, proof)),
+        )
+    };
+    let [source, target] = hosts;
+    let (source, target) = tokio::try_join!(one(Side::Source, source), one(Side::Target, target))?;
+    let mut tx = manager.begin("quoted again").await?;
+    for ((side, proof), host) in [source, target].into_iter().zip(hosts).filter_map(|(p, h)| Some((p?, h))) {
+        proof.expect_current(&mut tx, host).await?;
+        proof.record(&mut tx).await?;
+        proof.keep(&mut tx, id, side, Stage::Convergence).await?;
+    }
+    Ok(tx.commit().await?)
 }
 
 /// A look at a host outside any migration, as `outrider host attest` shows it.

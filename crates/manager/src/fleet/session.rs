@@ -242,5 +242,7 @@ pub(crate) fn order_text(body: &to_host::Body) -> &'static str {
         B::Decline(_) => "decline",
         B::InspectVm(_) => "inspect-vm",
         B::Quote(_) => "quote",
+        B::DescribeHypervisor(_) => "describe-hypervisor",
+        B::MicroProbe(_) => "micro-probe",
     }
 }

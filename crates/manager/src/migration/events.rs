@@ -27,6 +27,10 @@ struct ProgressDetail {
     stream_bytes: u64,
     #[serde(default)]
     wire_bytes: u64,
+    #[serde(default)]
+    ram_total_bytes: u64,
+    #[serde(default)]
+    ram_remaining_bytes: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -125,6 +129,10 @@ fn progress(manager: &Manager, from: &HostName, id: MigrationId, seen: &EventRow
         }
         // The source counts what it sent, the target what it received; never more than a channel's overhead apart.
         p.wire_bytes = p.wire_bytes.max(detail.wire_bytes);
+        // Of the source alone.
+        if detail.ram_total_bytes > 0 {
+            (p.memory_bytes, p.remaining_bytes) = (detail.ram_total_bytes, detail.ram_remaining_bytes);
+        }
     });
     publish(manager, id, seen);
     Ok(())

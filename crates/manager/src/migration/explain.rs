@@ -8,7 +8,7 @@ use crate::attestation;
 use crate::core::Manager;
 use crate::http::Caller;
 use crate::migration::gates::{self, Grounds};
-use crate::migration::{Facts, request};
+use crate::migration::{Facts, compatibility, request};
 use crate::vms;
 use api::http::{Explanation, Gate, GateOutcome, Migrate};
 use attest::Purpose;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use types::{ErrorCode, HostName, Problem};
 
 /// The gates in the order in which they are asked.
-const NAMES: [&str; 10] = [
+const NAMES: [&str; 11] = [
     "stream",
     "request",
     "source-identity",
@@ -27,6 +27,7 @@ const NAMES: [&str; 10] = [
     "target-platform",
     "policy",
     "devices",
+    "compatibility",
     "load",
     "capacity",
 ];
@@ -56,9 +57,8 @@ pub(crate) async fn explain(
     let Some((vm, source, target)) = placed else { return Ok(asked.finish(order, None)) };
     let row = request::intent(caller, &vm, (source, target), features.unwrap_or_default())?;
     let grounds = Grounds::read(&mut tx, &row).await?;
-    let promised = gates::promised_on(&mut tx, &row).await?;
     drop(tx);
-    asked.of_hosts(manager, &row, &grounds, promised).await?;
+    asked.of_hosts(manager, &row, &grounds).await?;
     Ok(asked.finish(order, Some(row.source)))
 }
 
@@ -86,7 +86,6 @@ impl Asked {
         manager: &Arc<Manager>,
         row: &MigrationRow,
         grounds: &Grounds,
-        promised: engine::admission::Promised,
     ) -> Result<(), Problem> {
         for host in [&grounds.source, &grounds.target] {
             let text = "certificate, address and interfaces are those of its record";
@@ -98,16 +97,21 @@ impl Asked {
         let by = gates::authorise(manager, &Facts::of(row)?, grounds);
         self.gate(by.map(|by| ((), format!("permitted by {}", by.join(", ")))))?;
         self.gate(devices(manager, row).await)?;
+        self.gate(compatibility::check(manager, grounds).await.map(|text| ((), text)))?;
         let measured = match manager.fleet.require(&row.target) {
-            Ok(session) => gates::measured(&session).await,
+            Ok(session) => gates::trusted(manager, grounds, &session).await,
             Err(problem) => Err(problem),
         };
-        let load = self.gate(measured.map(|load| {
+        let measured = self.gate(measured.map(|measured| {
+            let load = &measured.load;
             let mib = load.memory_available_bytes >> 20;
             let text = format!("{} has {mib} MiB to give and runs {} VMs", row.target, load.vms);
-            (load, text)
+            (measured, text)
         }))?;
-        let Some(load) = load else { return Ok(()) };
+        let Some(gates::Measured { load, asked_us }) = measured else { return Ok(()) };
+        let mut tx = manager.registry.read("explain what is promised").await?;
+        let promised = gates::promised_on(&mut tx, row, asked_us).await?;
+        drop(tx);
         let need_mib = grounds.vm.spec.memory_bytes >> 20;
         let text = format!("room for {need_mib} MiB and {} vCPUs with head-room", grounds.vm.spec.vcpus);
         self.gate(gates::admit(manager, grounds, promised, &load).map(|()| ((), text)))?;

@@ -37,6 +37,8 @@ pub(crate) struct Facts {
     pub(crate) started_us: Option<i64>,
     /// The channel stood.
     pub(crate) connected_us: Option<i64>,
+    /// Everything that a freeze rests on was last found good, by a look that began then.
+    pub(crate) looked_us: Option<i64>,
     /// The guest stopped on the source.
     pub(crate) stopped_us: Option<i64>,
     /// The source voted.

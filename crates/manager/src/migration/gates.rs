@@ -6,14 +6,17 @@
 //! refuses (I7).
 
 use crate::attestation::{self, Proof};
+use crate::clock;
+use crate::config::Demanded;
 use crate::core::Manager;
 use crate::fleet::Session;
-use crate::migration::{Facts, permit, request};
+use crate::migration::{Facts, compatibility, permit, probe, request};
 use crate::policy::{HostFacts, Principal};
 use api::fleet::{QueryLoad, SpawnAgent, reply, to_host};
-use engine::admission::{self, Demand, HeadRoom, Promised};
+use engine::admission::{self, Demand, HeadRoom, Placed, Promised};
 use registry::{Enrolment, HostRow, Location, MigrationRow, Tx, VmRow};
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use types::handover::{MigrationRequest, Side};
@@ -25,6 +28,9 @@ use types::{Digest, Epoch, ErrorCode, HandoverKey, HostName, Problem};
 
 /// The target measures itself all the time: an answer takes a round trip.
 const LOAD_LIMIT: Duration = Duration::from_secs(2);
+/// A guest that is being started or stopped shows in the registry within this.
+const CROSS_CHECK_PAUSE: Duration = Duration::from_millis(150);
+const CROSS_CHECK_TRIES: u32 = 4;
 /// Spawning a process and making a key take milliseconds, except on a loaded host.
 const AGENT_LIMIT: Duration = Duration::from_secs(5);
 
@@ -112,17 +118,74 @@ pub(crate) async fn decide(manager: &Arc<Manager>, row: &MigrationRow) -> Result
     let source = live(manager, &grounds.source)?;
     let target = live(manager, &grounds.target)?;
     let by = authorise(manager, &facts, &grounds)?;
-    let load = measured(&target).await?;
-    let promised = promised_on(&mut manager.registry.read("promised").await?, row).await?;
-    admit(manager, &grounds, promised, &load)?;
-    let (source_key, target_key) =
-        tokio::try_join!(spawn(&source, row, Side::Source), spawn(&target, row, Side::Target))?;
+    compatibility::check(manager, &grounds).await?;
+    let load = trusted(manager, &grounds, &target).await?;
+    let promised = promised_on(&mut manager.registry.read("promised").await?, row, load.asked_us).await?;
+    admit(manager, &grounds, promised, &load.load)?;
+    // The probe goes on while the agents are spawned.
+    let (source_key, target_key, ()) = tokio::try_join!(
+        spawn(&source, row, Side::Source),
+        spawn(&target, row, Side::Target),
+        probe::passed(manager, &target)
+    )?;
     let sides = [(&grounds.source, &*source, &source_key[..]), (&grounds.target, &*target, &target_key[..])];
     let proofs = attestation::for_permit(manager, row.id, sides).await?;
     // Looked at again: the hosts may have gone, or come back as others, while the agents were spawned.
     live(manager, &grounds.source)?;
     live(manager, &grounds.target)?;
     grant(manager, row, &load, &by, [source_key, target_key], &proofs).await
+}
+
+/// A load, and when it was asked for (microseconds since the Unix epoch): it shows nothing that came later.
+pub(crate) struct Measured {
+    pub(crate) load: Load,
+    pub(crate) asked_us: i64,
+}
+
+/// The target's load, once it contradicts neither its record nor the registry. What a change that is under way may have
+/// made is looked at again.
+pub(crate) async fn trusted(
+    manager: &Manager,
+    grounds: &Grounds,
+    target: &Session,
+) -> Result<Measured, Problem> {
+    let mut tries_left = CROSS_CHECK_TRIES;
+    loop {
+        let asked_us = clock::now_us();
+        let load = measured(target).await?;
+        let placed = placed_on(manager, target).await?;
+        let admission = &manager.config.admission;
+        let trust = (admission.claim_percent, admission.demands(Demanded::RunningVms));
+        let Err(contradiction) = admission::cross_check(grounds.target.spec.capacity, &placed, &load, trust)
+        else {
+            return Ok(Measured { load, asked_us });
+        };
+        tries_left -= 1;
+        if tries_left == 0 || !contradiction.may_pass() {
+            let detail = format!("host {} is not believed: {contradiction}", target.host);
+            return Err(Problem::new(ErrorCode::InsufficientCapacity, detail).hint(
+                "compare what runs on the host with `outrider vm list`, and its record with the machine",
+            ));
+        }
+        tokio::time::sleep(CROSS_CHECK_PAUSE).await;
+    }
+}
+
+/// What the registry knows of a host's guests.
+async fn placed_on(manager: &Manager, target: &Session) -> Result<Placed, Problem> {
+    let mut tx = manager.registry.read("guests of a target").await?;
+    let rows = tx.vms_on(&target.host).await?;
+    let open = tx.open_migrations().await?;
+    let moving = open.iter().filter(|m| m.source == target.host || m.target == target.host).map(|m| m.vm);
+    let moving: BTreeSet<_> = moving.collect();
+    let settled = |row: &&VmRow| {
+        row.state == VmState::Running
+            && !moving.contains(&row.spec.uuid)
+            && !manager.ordered.is_under_way(&row.spec.name)
+    };
+    let must_run = rows.iter().filter(settled).map(|row| row.spec.uuid).collect();
+    let may_run = rows.iter().map(|row| row.spec.uuid).chain(moving.iter().copied()).collect();
+    Ok(Placed { must_run, may_run })
 }
 
 /// The session of a host, checked against its record once more: identity by its certificate, address and MACs.
@@ -199,13 +262,21 @@ pub(crate) fn unexpected(host: &HostName, order: &str, reply: &reply::Result) ->
         reply::Result::Started(_) => "started",
         reply::Result::Inspected(_) => "inspected",
         reply::Result::Quoted(_) => "quoted",
+        reply::Result::Hypervisor(_) => "hypervisor",
+        reply::Result::Probed(_) => "probed",
     };
     Problem::new(ErrorCode::Internal, format!("host {host} answered {order} with {kind:?}"))
 }
 
-pub(crate) async fn promised_on(tx: &mut Tx, row: &MigrationRow) -> Result<Promised, Problem> {
+/// What is promised on the target, as a load that was asked for at this time shows it.
+pub(crate) async fn promised_on(tx: &mut Tx, row: &MigrationRow, asked_us: i64) -> Result<Promised, Problem> {
     let totals = tx.promised_on(&row.target).await?;
-    Ok(Promised { memory_bytes: totals.memory_bytes, vcpus: totals.vcpus, vms: totals.vms })
+    Ok(Promised {
+        memory_bytes: totals.memory_bytes,
+        vcpus: totals.vcpus,
+        vms: totals.vms,
+        pending_bytes: tx.pending_on(&row.target, row.id, asked_us).await?,
+    })
 }
 
 pub(crate) fn admit(
@@ -214,16 +285,24 @@ pub(crate) fn admit(
     promised: Promised,
     load: &Load,
 ) -> Result<(), Problem> {
-    let demand = Demand { memory_bytes: grounds.vm.spec.memory_bytes, vcpus: grounds.vm.spec.vcpus };
-    let head_room = HeadRoom {
-        memory_percent: manager.config.head_room_memory_percent,
-        cpu_pressure_percent: manager.config.head_room_cpu_pressure_percent,
-    };
-    admission::admit(demand, grounds.target.spec.capacity, promised, load, head_room).map_err(|shortage| {
+    let capacity = grounds.target.spec.capacity;
+    admission::admit(demand(grounds), capacity, promised, load, head_room(manager)).map_err(|shortage| {
         let detail =
             format!("host {} has no room for VM {}: {shortage}", grounds.target.name(), grounds.vm.spec.name);
         Problem::new(ErrorCode::InsufficientCapacity, detail)
     })
+}
+
+pub(crate) const fn demand(grounds: &Grounds) -> Demand {
+    Demand { memory_bytes: grounds.vm.spec.memory_bytes, vcpus: grounds.vm.spec.vcpus }
+}
+
+pub(crate) fn head_room(manager: &Manager) -> HeadRoom {
+    let config = &manager.config;
+    HeadRoom {
+        memory_percent: config.head_room_memory_percent,
+        limits: config.admission.limits(config.head_room_cpu_pressure_percent),
+    }
 }
 
 async fn spawn(session: &Session, row: &MigrationRow, side: Side) -> Result<Vec<u8>, Problem> {
@@ -240,7 +319,7 @@ async fn spawn(session: &Session, row: &MigrationRow, side: Side) -> Result<Vec<
 async fn grant(
     manager: &Arc<Manager>,
     row: &MigrationRow,
-    load: &Load,
+    measured: &Measured,
     by: &[String],
     agents: [Vec<u8>; 2],
     proofs: &[Option<Proof>; 2],
@@ -255,7 +334,8 @@ async fn grant(
     }
     let grounds = Grounds::read(&mut tx, &row).await?;
     let at = grounds.location()?;
-    admit(manager, &grounds, promised_on(&mut tx, &row).await?, load)?;
+    let load = &measured.load;
+    admit(manager, &grounds, promised_on(&mut tx, &row, measured.asked_us).await?, load)?;
     let (source_epoch, target_epoch) = tx.burn_epochs(row.vm, &at).await?.ok_or_else(|| {
         Problem::new(ErrorCode::VmNotRunning, format!("VM {} is not running where it was", row.vm_name))
     })?;
@@ -273,7 +353,9 @@ async fn grant(
     let claims =
         permit::claims(&manager.config, key, &grounds.vm, parts, journal(&grounds.target)?, features)?;
     tx.add_permit(&claims).await?;
-    row.state = MigrationState::Setup;
+    let mut facts = Facts::of(&row)?;
+    facts.looked_us = Some(measured.asked_us);
+    (row.state, row.facts) = (MigrationState::Setup, facts.text());
     tx.save_migration(&row).await?;
     let detail = json!({
         "migration": row.id, "vm": row.vm_name, "source": row.source, "target": row.target,

@@ -7,7 +7,7 @@ use crate::fleet::order_text;
 use crate::leases;
 use crate::migration::facts::reason_of;
 use crate::migration::handover::Addressed;
-use crate::migration::{Facts, gates, handover, permit};
+use crate::migration::{Facts, convergence, gates, handover, permit};
 use api::fleet::{Control, Decline, Forget, Intent, PrepareTarget, Renounce, StartSource, reply, to_host};
 use engine::handover::decider::{Continuity, Event, HandoverRow, RowState};
 use engine::handover::{RESEND_MS, SOURCE_SILENCE_MS};
@@ -163,6 +163,9 @@ async fn hand_over(
             return start(manager, row, facts).await;
         }
         if let Some(problem) = overdue(manager, row, facts, clock::now_us()) {
+            return abort(manager, row.id, problem).await;
+        }
+        if let Err(problem) = convergence::watch_over(manager, row, facts) {
             return abort(manager, row.id, problem).await;
         }
     }

@@ -266,3 +266,48 @@ async fn a_host_whose_tpm_is_gone_or_set_back_is_not_trusted() {
     let backwards = |code: &Value| code.as_str().unwrap().ends_with("-backwards");
     assert!(seen["reasons"].as_array().unwrap().iter().any(backwards), "{seen}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_platform_that_changes_under_a_transfer_ends_it() {
+    if !ready() {
+        return;
+    }
+    let world = World::new();
+    let (a, b) = (attested(&world, "host-a").await, attested(&world, "host-b").await);
+    let vm = world.vm("vm-1", 1, "host-a").await;
+    a.manners.lock().unwrap().flows = false;
+    // After its permit, and before its stream flows, the target is started anew: what it showed is gone.
+    let tpm = Arc::clone(b.tpm.as_ref().unwrap());
+    *a.on_step.lock().unwrap() = Some(Box::new(move |step| {
+        if step == "start" {
+            tpm.power_cycle(None);
+        }
+    }));
+    let id = world.migrate("vm-1", "host-b").await;
+    let view = world.ended(&id).await;
+    assert_eq!(
+        (&view["state"], &view["problem"]["code"]),
+        (&json!("failed"), &json!("attestation-failed")),
+        "{view}"
+    );
+    assert!(view["problem"]["detail"].as_str().unwrap().contains("attest-restarted"), "{view}");
+    world.check_settled(vm, "host-a").await;
+    *a.on_step.lock().unwrap() = None;
+
+    // A changed register of the source, likewise.
+    let tpm = Arc::clone(a.tpm.as_ref().unwrap());
+    *b.on_step.lock().unwrap() = Some(Box::new(move |step| {
+        if step == "prepare" {
+            tpm.extend(7);
+        }
+    }));
+    let id = world.migrate("vm-1", "host-b").await;
+    let view = world.ended(&id).await;
+    assert_eq!(
+        (&view["state"], &view["problem"]["code"]),
+        (&json!("failed"), &json!("attestation-failed")),
+        "{view}"
+    );
+    assert!(view["problem"]["detail"].as_str().unwrap().contains("PCR 7"), "{view}");
+    world.check_settled(vm, "host-a").await;
+}

@@ -6,9 +6,9 @@ use crate::world::{Physical, World, mac};
 use api::fleet::fleet_client::FleetClient;
 use api::fleet::reply::Result as Outcome;
 use api::fleet::{
-    AgentReady, ChallengeRequest, Done, Hello, Inspected, Interface, JoinRequest, LoadReply, MigrationEvent,
-    Prepared, Quoted, Reply, RunningVm, SignedStatement, Started, ToHost, ToManager, TpmProof, to_host,
-    to_manager,
+    AgentReady, ChallengeRequest, Done, Hello, Hypervisor, Inspected, Interface, JoinRequest, LoadReply,
+    MigrationEvent, Prepared, Probed, Quoted, Reply, RunningVm, SignedStatement, Started, ToHost, ToManager,
+    TpmProof, to_host, to_manager,
 };
 use attest::{Binding, PcrSelection, Purpose};
 use hyper_util::rt::TokioIo;
@@ -59,6 +59,16 @@ pub(crate) struct Manners {
     pub(crate) blind: String,
     /// How it speaks of its platform.
     pub(crate) candour: Candour,
+    /// What its QEMU can run.
+    pub(crate) abilities: Value,
+    /// What a micro-probe comes to.
+    pub(crate) probe: Value,
+    /// What it claims of its load instead of the truth.
+    pub(crate) claims: Vec<(&'static str, Value)>,
+    /// Guests that it does not speak of.
+    pub(crate) hides: Vec<VmId>,
+    /// Its measured memory shrinks as it is taken.
+    pub(crate) takes_memory: bool,
 }
 
 impl Default for Manners {
@@ -75,6 +85,13 @@ impl Default for Manners {
             plugged: Vec::new(),
             blind: String::new(),
             candour: Candour::Honest,
+            probe: json!({
+                "touched_bytes": 32 << 20, "touch_us": 20_000, "work_units": 5_000, "work_us": 5_000, "cpu_us": 4_900,
+            }),
+            claims: Vec::new(),
+            hides: Vec::new(),
+            takes_memory: false,
+            abilities: abilities("10.0.2", &["pc-q35-10.0", "pc-q35-9.2"], &["fpu", "sse2"]),
         }
     }
 }
@@ -476,6 +493,13 @@ impl FakeHost {
                     ..Inspected::default()
                 })
             }
+            B::MicroProbe(_) => {
+                Outcome::Probed(Probed { probe_json: self.manners.lock().unwrap().probe.to_string() })
+            }
+            B::DescribeHypervisor(_) => {
+                let abilities_json = self.manners.lock().unwrap().abilities.to_string();
+                Outcome::Hypervisor(Hypervisor { abilities_json })
+            }
             B::StopVm(order) => {
                 let vm: VmId = order.vm.parse().unwrap();
                 self.inner.lock().unwrap().vms.remove(&vm);
@@ -560,12 +584,26 @@ impl FakeHost {
     }
 
     fn load(&self) -> String {
-        let available = self.manners.lock().unwrap().available_bytes;
-        json!({
-            "scope": "test", "memory_used_bytes": 0, "memory_available_bytes": available, "cpu_cores_used": 0.0,
-            "cpu_cores": 4.0, "cpu_pressure_percent": null, "memory_pressure_percent": null, "vms": 0,
-        })
-        .to_string()
+        let manners = self.manners.lock().unwrap().clone();
+        let inner = self.inner.lock().unwrap();
+        // A target takes a guest's memory when it is prepared.
+        let taken = inner.attempts.values().filter(|a| a.side == Side::Target && !a.gave_up).count() as u64;
+        let taken = if manners.takes_memory { taken * crate::world::VM_BYTES } else { 0 };
+        let running: Vec<_> = inner.vms.keys().filter(|vm| !manners.hides.contains(vm)).collect();
+        let mut load = json!({
+            "scope": "test", "memory_used_bytes": 0, "cpu_cores_used": 0.0, "cpu_cores": 4.0, "vms": running.len(),
+            "memory_available_bytes": manners.available_bytes.saturating_sub(taken),
+            "cpu_pressure_percent": 0.0, "memory_pressure_percent": 0.0, "memory_full_pressure_percent": 0.0,
+            "link": {
+                "interface": "eth0", "received_bytes_per_s": 0.0, "sent_bytes_per_s": 0.0,
+                "capacity_bytes_per_s": null,
+            },
+            "running": running,
+        });
+        for (key, value) in &manners.claims {
+            load[*key] = value.clone();
+        }
+        load.to_string()
     }
 
     fn start_vm(&self, order: &api::fleet::StartVm) -> Outcome {
@@ -834,6 +872,14 @@ impl FakeHost {
     }
 }
 
+/// What a QEMU says that it can run.
+pub(crate) fn abilities(version: &str, machines: &[&str], cpu_features: &[&str]) -> Value {
+    json!({
+        "hypervisor": format!("qemu/{version}"), "machines": machines, "cpu_models": ["qemu64", "EPYC"],
+        "cpu_features": cpu_features,
+    })
+}
+
 fn evidence() -> StreamEvidence {
     StreamEvidence { stream_bytes: 1000, digest: Digest::of(b"the stream") }
 }
@@ -878,5 +924,7 @@ fn kind_of(body: &to_host::Body) -> &'static str {
         B::Decline(_) => "decline",
         B::InspectVm(_) => "inspect-vm",
         B::Quote(_) => "quote",
+        B::DescribeHypervisor(_) => "describe-hypervisor",
+        B::MicroProbe(_) => "micro-probe",
     }
 }

@@ -119,7 +119,7 @@ async fn explained(world: &World, body: &Value) -> (bool, Vec<String>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
-    const GATES: [&str; 10] = [
+    const GATES: [&str; 11] = [
         "stream",
         "request",
         "source-identity",
@@ -128,6 +128,7 @@ async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
         "target-platform",
         "policy",
         "devices",
+        "compatibility",
         "load",
         "capacity",
     ];
@@ -145,7 +146,8 @@ async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
     let (allowed, gates) = explained(&world, &body).await;
     assert!(!allowed);
     assert_eq!(gates[7], "devices refused devices-differ");
-    assert_eq!(gates[8..], ["load passed", "capacity refused insufficient-capacity"]);
+    let rest = ["compatibility passed", "load passed", "capacity refused insufficient-capacity"];
+    assert_eq!(gates[8..], rest);
     let inspection = world.get("/v1/vms/vm/inspection").await;
     assert_eq!(inspection["differences"], json!(["virtio-rng-pci was plugged in"]), "{inspection}");
     // That it can't be known is neither "nothing" nor a lack of the catalogue.
@@ -159,7 +161,7 @@ async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
     assert_eq!((&inspection["differences"], &inspection["catalogue_missing"]), (&json!([]), &Value::Null));
     b.manners.lock().unwrap().refuses = vec![("query-load", "internal")];
     let (_, gates) = explained(&world, &body).await;
-    assert_eq!(gates[8..], ["load refused internal", "capacity not-asked"]);
+    assert_eq!(gates[8..], ["compatibility passed", "load refused internal", "capacity not-asked"]);
     for (vm, target, code) in [
         ("nothing", "host-b", "unknown-vm"),
         ("vm", "host-a", "target-is-source"),

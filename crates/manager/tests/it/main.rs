@@ -2,6 +2,7 @@
 //! without hypervisors).
 #![allow(clippy::unwrap_used)]
 
+mod admission;
 mod attesting;
 mod fake_host;
 mod fake_tpm;

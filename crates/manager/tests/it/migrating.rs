@@ -1,6 +1,6 @@
 //! Whole migrations between hosts without hypervisors.
 
-use crate::fake_host::{FakeHost, Manners};
+use crate::fake_host::{FakeHost, Manners, abilities};
 use crate::world::{World, intent};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -164,6 +164,56 @@ async fn check_refusal(change: impl Fn(&mut Manners), state: &str, code: &str) -
 async fn no_room_on_the_target_refuses() {
     let view = check_refusal(|m| m.available_bytes = 1 << 20, "refused", "insufficient-capacity").await;
     assert!(view["problem"]["detail"].as_str().unwrap().contains("by measurement"), "{view}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_cannot_run_the_vm_refuses_before_anything_is_spawned() {
+    let check = async |change: fn(&mut Manners), code: &str, part: &str| {
+        let view = check_refusal(change, "refused", code).await;
+        let detail = view["problem"]["detail"].as_str().unwrap();
+        assert!(detail.contains(part), "{detail}");
+    };
+    check(
+        |m| m.abilities = abilities("7.2.22", &["pc-q35-7.2", "pc-q35-6.2"], &["fpu", "sse2"]),
+        "incompatible-target",
+        "host host-b cannot run VM vm: machine pc-q35-10.0 is not known to its qemu/7.2.22; newest it knows: pc-q35-7.2",
+    )
+    .await;
+    let unsaid = |m: &mut Manners| {
+        m.abilities["cpu_features"] = Value::Null;
+        m.abilities["cpu_missing"] = json!("it has no /dev/kvm");
+    };
+    check(unsaid, "incompatible-target", "the source cannot say which CPU features").await;
+    check(|m| m.abilities = json!("none"), "incompatible-target", "cannot be read").await;
+    check(
+        |m| m.abilities["machines"] = json!(["m".repeat(300_000)]),
+        "incompatible-target",
+        "more of its QEMU than any QEMU can",
+    )
+    .await;
+    // A daemon of an earlier version answers every unknown order so.
+    check(|m| m.refuses = vec![("describe-hypervisor", "bad-request")], "incompatible-target", "cannot say")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cpu_features_that_only_the_source_has_are_named_by_the_dry_run_too() {
+    let p = pair().await;
+    p.a.manners.lock().unwrap().abilities =
+        abilities("10.0.2", &["pc-q35-10.0"], &["fpu", "sse2", "sha-ni", "rdseed"]);
+    let explained = p.world.ok("/v1/migrations/explain", &intent("vm", "host-b")).await;
+    let gate = explained["gates"].as_array().unwrap().iter().find(|g| g["name"] == "compatibility").unwrap();
+    assert_eq!((&gate["outcome"], &gate["code"]), (&json!("refused"), &json!("incompatible-target")));
+    let text = "CPU qemu64 lacks features there that the guest has now: rdseed, sha-ni";
+    assert!(gate["detail"].as_str().unwrap().contains(text), "{gate}");
+    let m = p.world.migrate("vm", "host-b").await;
+    assert_eq!(p.world.ended(&m).await["problem"]["code"], "incompatible-target");
+    let spawned = |host: &FakeHost| host.seen.lock().unwrap().contains(&"spawn-agent");
+    assert!(!spawned(&p.a) && !spawned(&p.b), "nothing was started for it");
+    // The other way it fits: more on the target does no harm.
+    p.world.vm("other", 2, "host-b").await;
+    let m = p.world.migrate("other", "host-a").await;
+    assert_eq!(p.world.ended(&m).await["state"], "completed");
 }
 
 #[tokio::test(flavor = "multi_thread")]

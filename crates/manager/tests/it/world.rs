@@ -320,7 +320,12 @@ impl World {
 
     /// A host that is enrolled, joined, and attached.
     pub(crate) async fn host(self: &Arc<Self>, name: &str) -> Arc<FakeHost> {
-        let token = self.ok("/v1/hosts", &host_spec(name)).await["join_token"].as_str().unwrap().to_owned();
+        self.host_of(name, host_spec(name)).await
+    }
+
+    /// The same with a record of its own.
+    pub(crate) async fn host_of(self: &Arc<Self>, name: &str, spec: Value) -> Arc<FakeHost> {
+        let token = self.ok("/v1/hosts", &spec).await["join_token"].as_str().unwrap().to_owned();
         let host = FakeHost::join(self, name, &token).await.unwrap();
         host.attach();
         self.until(format!("{name} is connected"), async || {
@@ -410,6 +415,9 @@ pub(crate) fn host_spec(name: &str) -> Value {
 pub(crate) fn vm_spec(name: &str, number: u8) -> Value {
     json!({
         "uuid": VmId::from_bytes([number; 16]), "name": name, "accel": "tcg", "vcpus": 1,
-        "memory_bytes": 256 << 20,
+        "memory_bytes": VM_BYTES,
     })
 }
+
+/// Memory of every VM.
+pub(crate) const VM_BYTES: u64 = 256 << 20;

@@ -14,7 +14,7 @@ use crate::qemu::binary::Binary;
 use crate::qemu::command::{Launch, Paths, Purpose, arguments, dump_arguments};
 use crate::qmp::{Qmp, QmpError};
 use crate::sweep;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fs::Permissions;
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -118,6 +118,49 @@ struct Place {
 impl DryRun<'_> {
     /// Records the stream, and the dump unless it is known. Nothing is left of it, unless it is cancelled.
     pub(super) async fn record(&self, dump: Option<Arc<Vec<u8>>>) -> Result<Recording, DryRunError> {
+        let (stream, dump) = self
+            .in_place(async |place| {
+                let dumped = async {
+                    match dump {
+                        Some(dump) => Ok(dump),
+                        None => self.dump(place).await.map(Arc::new),
+                    }
+                };
+                tokio::try_join!(self.stream(place), dumped)
+            })
+            .await?;
+        Ok(Recording { stream, dump })
+    }
+
+    /// What its monitor answers to these commands, in their order. Nothing is left of it, unless it is cancelled.
+    pub(super) async fn ask(&self, commands: &[(&str, Value)]) -> Result<Vec<Value>, DryRunError> {
+        self.in_place(async |place| {
+            let (process, paths) = self.hypervisor(place)?;
+            let answers = async {
+                let Ok(monitor) = answering(&process, &paths.monitor).await else {
+                    return std::future::pending().await;
+                };
+                let mut answers = Vec::with_capacity(commands.len());
+                for (command, arguments) in commands {
+                    let answer = monitor.execute(command, arguments.clone()).await;
+                    answers.push(answer.map_err(DryRunError::Monitor)?);
+                }
+                Ok(answers)
+            };
+            tokio::select! {
+                biased;
+                answers = answers => answers,
+                how = end_of(&process) => Err(DryRunError::Ended { how, said: last_words(&paths.log) }),
+            }
+        })
+        .await
+    }
+
+    /// In a folder and a cgroup of its own, which are gone afterwards with everything in them.
+    async fn in_place<T>(
+        &self,
+        work: impl AsyncFnOnce(&Place) -> Result<T, DryRunError>,
+    ) -> Result<T, DryRunError> {
         let nonce =
             fresh_nonce().map_err(|e| DryRunError::Start(HostError::system("no random numbers", e)))?;
         let name = format!("{PREFIX}{}", &nonce.to_string()[..12]);
@@ -128,18 +171,11 @@ impl DryRun<'_> {
         };
         let work = async {
             self.open(&place).await?;
-            let dumped = async {
-                match dump {
-                    Some(dump) => Ok(dump),
-                    None => self.dump(&place).await.map(Arc::new),
-                }
-            };
-            tokio::try_join!(self.stream(&place), dumped)
+            work(&place).await
         };
-        let recorded = tokio::time::timeout(TIME_LIMIT, work).await;
+        let worked = tokio::time::timeout(TIME_LIMIT, work).await;
         place.clear().await;
-        let (stream, dump) = recorded.map_err(|_| DryRunError::Late)??;
-        Ok(Recording { stream, dump })
+        worked.map_err(|_| DryRunError::Late)?
     }
 
     async fn open(&self, place: &Place) -> Result<(), DryRunError> {
@@ -171,6 +207,17 @@ impl DryRun<'_> {
         // The folder is private; in it, QEMU's user may connect.
         std::fs::set_permissions(&paths.stream, Permissions::from_mode(0o666))
             .map_err(|e| DryRunError::Start(HostError::file("cannot open to QEMU", &paths.stream, e)))?;
+        let (process, _) = self.hypervisor(place)?;
+        tokio::select! {
+            biased;
+            recorded = migrate(&process, &listener, &paths) => recorded,
+            how = end_of(&process) => Err(DryRunError::Ended { how, said: last_words(&paths.log) }),
+        }
+    }
+
+    /// The VM's own devices, in a QEMU that runs no guest.
+    fn hypervisor(&self, place: &Place) -> Result<(Process, Paths), DryRunError> {
+        let paths = Paths::new(&place.folder);
         let launch = Launch {
             spec: self.spec,
             machine: self.machine,
@@ -179,12 +226,7 @@ impl DryRun<'_> {
             purpose: Purpose::DryRun,
             serial_log: false,
         };
-        let process = self.spawn(place, arguments(&launch), &paths.log)?;
-        tokio::select! {
-            biased;
-            recorded = migrate(&process, &listener, &paths) => recorded,
-            how = end_of(&process) => Err(DryRunError::Ended { how, said: last_words(&paths.log) }),
-        }
+        Ok((self.spawn(place, arguments(&launch), &paths.log)?, paths))
     }
 
     async fn dump(&self, place: &Place) -> Result<Vec<u8>, DryRunError> {

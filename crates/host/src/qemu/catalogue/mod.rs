@@ -8,6 +8,7 @@
 //! spec, and on nothing else: all of that is in the key, so that an upgraded QEMU makes catalogues of its own. Two
 //! requests for one key make it once; a request that is given up is carried out all the same, so that nothing is left.
 
+mod cpu;
 mod dry_run;
 mod key;
 mod store;
@@ -104,6 +105,8 @@ pub struct Catalogues {
     programs: Programs,
     slots: Mutex<BTreeMap<Key, Slot>>,
     dumps: Mutex<BTreeMap<Key, Arc<Vec<u8>>>>,
+    cpus: Mutex<BTreeMap<Key, cpu::Features>>,
+    cpu_turn: tokio::sync::Mutex<()>,
     turns: Semaphore,
     run_folder: PathBuf,
     group: Group,
@@ -119,6 +122,8 @@ impl Catalogues {
             programs: Programs::default(),
             slots: Mutex::default(),
             dumps: Mutex::default(),
+            cpus: Mutex::default(),
+            cpu_turn: tokio::sync::Mutex::default(),
             turns: Semaphore::new(DRY_RUNS_MAX),
             run_folder: folders.run.clone(),
             group,
