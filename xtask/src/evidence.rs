@@ -52,7 +52,7 @@ enum Program {
 }
 
 /// Every kind. A new one is an entry here and a program that ends its output with its counts.
-const KINDS: [Kind; 4] = [
+const KINDS: [Kind; 5] = [
     Kind {
         name: "real-migrations",
         what: "fresh migrations between real QEMUs (7.2, 10.0 and both ways between) of VMs of random shapes, \
@@ -87,6 +87,15 @@ const KINDS: [Kind; 4] = [
         program: Program::Example("outrider-engine", "sim", "sim"),
         count: ("--seeds", 10_000_000),
         seed: "--from",
+        paths: &["crates/engine/src/handover"],
+    },
+    Kind {
+        name: "handover-model",
+        what: "every state of two overlapping migrations of one VM between three hosts with one fault, none of which \
+               breaks an invariant; a share stops after so many states",
+        program: Program::Example("outrider-engine", "model", "sim"),
+        count: ("--states", 100_000_000),
+        seed: "--seed",
         paths: &["crates/engine/src/handover"],
     },
 ];

@@ -1,14 +1,14 @@
 //! Single rules of the hand-over that the simulation reaches rarely, by hand.
 #![allow(clippy::unwrap_used)]
 
-use outrider_engine::handover::decider::{self, Decision, HandoverRow, RowState};
+use outrider_engine::handover::decider::{self, Continuity, Decision, HandoverRow, RowState};
 use outrider_engine::handover::journal::{Entry, NonceLedger, Recorded, attempts, superseded};
 use outrider_engine::handover::source::{self, Claim, Source};
 use outrider_engine::handover::target::{self, QemuStatus, RunState, Target};
-use outrider_engine::handover::{Attempt, QemuFacts, RenunciationProof, fresh_epochs};
+use outrider_engine::handover::{Attempt, QemuFacts, RenunciationProof, Resolution, fresh_epochs};
 use types::handover::{
-    AbortReason, HandoverKey, PriorRunState, ReleaseReceipt, Renunciation, SourceVote, Statement,
-    StreamEvidence, TargetVote,
+    AbortReason, HandoverKey, PriorRunState, ReleaseReceipt, Renunciation, RunningReceipt, SourceVote,
+    Statement, StreamEvidence, TargetVote, ThawReceipt,
 };
 use types::{Digest, Epoch, ErrorCode, MigrationId, Nonce, Side, VmId};
 
@@ -209,6 +209,91 @@ fn a_fenced_commit_waits_for_the_word_of_the_source() {
     assert!(
         matches!(killed.row.state, RowState::Discarded { source_settled: true }) && killed.row.is_final()
     );
+}
+
+/// The model checker found it: the target host is lost with its renunciation on the way, the operator says so, the
+/// order to discard overtakes the renunciation at the source. The row must still end, and say that no host holds the VM.
+#[test]
+fn a_discard_that_overtook_the_renunciation_ends_the_row() {
+    let attempt = attempt(1);
+    let Attempt { key, permit, .. } = attempt;
+    let decide = |row: &HandoverRow, event| decider::decide(row, event).unwrap();
+    let says = |from, statement| decider::Event::Statement { from, statement };
+    let source_vote = SourceVote { key, permit, evidence: evidence(), prior: PriorRunState::Running };
+    let target_vote = TargetVote { key, permit, evidence: evidence() };
+    let row = decide(&HandoverRow::new(&attempt), says(Side::Source, Statement::Frozen(source_vote))).row;
+    let row = decide(&row, says(Side::Target, Statement::Prepared(target_vote))).row;
+    let fenced = decide(&row, decider::Event::TargetFenced);
+    let resolution = Resolution::Discard;
+    assert_eq!(fenced.orders, [decider::Order::Source(source::Order::Fenced { resolution })]);
+    let voided = decide(&fenced.row, decider::Event::Renounced(proof(&attempt)));
+    let Decision::Void(void) = voided.decision else { panic!("{:?}", voided.decision) };
+
+    let released = says(Side::Source, Statement::Released(ReleaseReceipt { key, evidence: evidence() }));
+    let ended = decide(&voided.row, released.clone());
+    let Decision::Discard(step) = ended.decision else { panic!("{:?}", ended.decision) };
+    assert_eq!(step.from, void.to, "the location is where the void left it");
+    assert!(step.to.epoch > step.from.epoch);
+    assert!(ended.row.is_final() && ended.row.place().is_none());
+
+    // Without the operator's word nobody told the source to: its word is a contradiction.
+    let unfenced = decide(&row, decider::Event::Renounced(proof(&attempt))).row;
+    assert_eq!(decider::decide(&unfenced, released.clone()), Err(decider::Refusal::Contradiction));
+    // A source that thawed on the renunciation has not released: its word is a contradiction.
+    let thawed = ThawReceipt { key, had_voted: true };
+    let kept = decide(&voided.row, says(Side::Source, Statement::Thawed(thawed))).row;
+    assert_eq!(decider::decide(&kept, released), Err(decider::Refusal::Contradiction));
+}
+
+/// The model checker found it: a registry that was set back forgot its commit, and voided the attempt on the word that
+/// the source is dead, while the target ran the VM.
+#[test]
+fn a_registry_that_forgot_asks_the_target_before_it_believes_a_fenced_source() {
+    let attempt = attempt(1);
+    let Attempt { key, permit, .. } = attempt;
+    let decide = |row: &HandoverRow, event| decider::decide(row, event).unwrap();
+    let says = |from, statement| decider::Event::Statement { from, statement };
+    let target_vote = TargetVote { key, permit, evidence: evidence() };
+    let row = decide(&HandoverRow::new(&attempt), says(Side::Target, Statement::Prepared(target_vote))).row;
+    assert!(matches!(decide(&row, decider::Event::SourceFenced).decision, Decision::Void(_)));
+
+    let forgetful = HandoverRow { continuity: Continuity::Unproven, ..row };
+    let asked = decide(&forgetful, decider::Event::SourceFenced);
+    assert_eq!(asked.decision, Decision::Keep);
+    let void = |o: &decider::Order| matches!(o, decider::Order::Target(target::Order::Void { .. }));
+    assert!(asked.orders.iter().any(void), "a target that only voted gives up: {:?}", asked.orders);
+
+    let state = PriorRunState::Running;
+    let receipt = RunningReceipt { key, permit, evidence: evidence(), state };
+    let runs = decide(&asked.row, says(Side::Target, Statement::Running(receipt)));
+    assert!(matches!(&runs.decision, Decision::AdoptCommit(step) if step.to.host == attempt.target));
+    assert!(runs.row.is_final(), "a dead host needs no release");
+
+    let gave_up = decide(&asked.row, decider::Event::Renounced(proof(&attempt)));
+    assert!(matches!(gave_up.decision, Decision::Void(_)) && gave_up.row.is_final());
+    let both_dead = decide(&asked.row, decider::Event::TargetFenced);
+    assert!(matches!(both_dead.decision, Decision::Discard(_)) && both_dead.row.is_final());
+}
+
+/// The model checker found it: a registry that was set back heard that the target is dead, then both votes again, and
+/// committed to the dead target for want of the source's answer.
+#[test]
+fn a_silent_source_never_commits_to_a_fenced_target() {
+    let attempt = attempt(1);
+    let Attempt { key, permit, .. } = attempt;
+    let decide = |row: &HandoverRow, event| decider::decide(row, event).unwrap();
+    let says = |from, statement| decider::Event::Statement { from, statement };
+    let target_vote = TargetVote { key, permit, evidence: evidence() };
+    let source_vote = SourceVote { key, permit, evidence: evidence(), prior: PriorRunState::Running };
+    let row = HandoverRow { continuity: Continuity::Unproven, ..HandoverRow::new(&attempt) };
+    let row = decide(&row, decider::Event::TargetFenced).row;
+    let row = decide(&row, says(Side::Source, Statement::Frozen(source_vote))).row;
+    let row = decide(&row, says(Side::Target, Statement::Prepared(target_vote))).row;
+    assert!(!row.awaits_source());
+    assert_eq!(decide(&row, decider::Event::SourceSilent).row, row);
+    let voided = decide(&row, decider::Event::Renounced(proof(&attempt))).row;
+    let released = says(Side::Source, Statement::Released(ReleaseReceipt { key, evidence: evidence() }));
+    assert!(matches!(decide(&voided, released).decision, Decision::Discard(_)));
 }
 
 #[test]

@@ -467,6 +467,9 @@ fn decider_table() {
     let fenced = decider::decide(&forgetful, decider::Event::TargetFenced).unwrap().row;
     writeln!(out, "after [\"FROZEN\"], registry restored, target fenced: {}", head(&fenced.state)).unwrap();
     decider_rows(&mut out, &fenced);
+    let fenced = decider::decide(&forgetful, decider::Event::SourceFenced).unwrap().row;
+    writeln!(out, "after [\"FROZEN\"], registry restored, source fenced: {}", head(&fenced.state)).unwrap();
+    decider_rows(&mut out, &fenced);
     insta::assert_snapshot!(out);
 }
 

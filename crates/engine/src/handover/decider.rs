@@ -9,9 +9,12 @@
 //!    │  │   target fenced  │ location (target, t) -> (source, t+1))
 //!    │  └────────> Voided <┘
 //!    └── target fenced, registry restored, and RELEASED ──> Discarded
+//!                     Voided after that word, RELEASED ──────> Discarded
 //! ```
 //! A commit whose target is fenced is discarded only when the source has said RELEASED: it may hold a renunciation
-//! that the registry has not heard of, and run.
+//! that the registry has not heard of, and run. After that word a void by renunciation and the order to discard may
+//! cross: RELEASED then means that the order came first, and no host holds the VM. A registry that was set back and hears that the source is fenced asks
+//! the target, which may run the VM, before it believes itself.
 //!
 //! [`decide`] is given the row as one transaction read it and says what that transaction writes: the new row, and
 //! what happens to the VM's location, as a compare-and-swap on (host, epoch). **Row, location and audit entry are
@@ -105,6 +108,10 @@ pub struct Open {
     /// it: the source's own word decides whether its copy is stale.
     #[serde(default)]
     pub target_fenced: bool,
+    /// The operator's word that the source is dead, given to such a registry: the target's own word decides whether
+    /// the VM runs there.
+    #[serde(default)]
+    pub source_fenced: bool,
 }
 
 /// See [`RowState::Committed`].
@@ -133,6 +140,9 @@ pub struct Voided {
     pub source_settled: bool,
     /// The target is known to be dead for this attempt.
     pub target_settled: bool,
+    /// The source may have been told to discard its copy before this: its own word says whether it obeyed.
+    #[serde(default)]
+    pub told_to_discard: bool,
 }
 
 /// What frees the source.
@@ -287,7 +297,9 @@ impl HandoverRow {
     /// Whether [`Event::SourceSilent`] is due once [`super::SOURCE_SILENCE_MS`] passed in this state.
     #[must_use]
     pub fn awaits_source(&self) -> bool {
-        matches!(&self.state, RowState::Open(o) if o.abort.is_some() && o.source_vote.is_some() && o.target_vote.is_some())
+        let RowState::Open(open) = &self.state else { return false };
+        let voted = open.source_vote.is_some() && open.target_vote.is_some();
+        voted && open.abort.is_some() && !open.target_fenced
     }
 
     /// Whether no order of an operator can stop the move any more.
@@ -389,6 +401,12 @@ pub(super) fn outstanding_under(rules: Rules, row: &HandoverRow) -> Vec<Order> {
         RowState::Open(open) => {
             if open.target_fenced {
                 orders.push(Order::Source(source::Order::Fenced { resolution: Resolution::Discard }));
+            }
+            if let Some(reason) =
+                open.abort.as_ref().filter(|_| open.source_fenced && open.source_vote.is_none())
+            {
+                // A target that voted is bound by an abort's refusal; without the source's vote nothing can commit it.
+                orders.push(Order::Target(target::Order::Void { reason: reason.clone() }));
             }
             if let Some(reason) = &open.abort {
                 orders.push(Order::Source(source::Order::Abort { reason: reason.clone() }));
@@ -564,11 +582,13 @@ impl Decider<'_> {
     /// H7: after both votes, loss of the source favours the commit, whoever wanted it ended.
     fn source_silent(&self) -> Verdict {
         match &self.row.state {
-            RowState::Open(Open { source_vote: Some(source), target_vote: Some(target), .. })
-                if source.evidence == target.evidence =>
-            {
-                Ok(self.commit(source))
-            }
+            // Never to a target that is dead: its source was told to discard, and says whether it did.
+            RowState::Open(Open {
+                source_vote: Some(source),
+                target_vote: Some(target),
+                target_fenced: false,
+                ..
+            }) if source.evidence == target.evidence => Ok(self.commit(source)),
             _ => Ok(self.row.keep()),
         }
     }
@@ -595,7 +615,7 @@ impl Decider<'_> {
                 let detail = "the target renounced".to_owned();
                 let reason =
                     open.abort.clone().unwrap_or(AbortReason { code: ErrorCode::TargetFailed, detail });
-                Ok(self.void(Grounds::Renunciation { proof }, reason, false, true))
+                Ok(self.void(Grounds::Renunciation { proof }, reason, open.source_fenced, true))
             }
             // Adopted even over the commit: the target refused it, so nothing ever ran from it.
             RowState::Committed(_) => {
@@ -627,7 +647,12 @@ impl Decider<'_> {
             _ => self.row.at_source(),
         };
         let to = self.row.back_at_source();
-        let voided = Voided { grounds, reason, source_settled, target_settled };
+        let told_to_discard = match &self.row.state {
+            RowState::Open(open) => open.target_fenced,
+            RowState::Committed(committed) => committed.target_fenced,
+            _ => false,
+        };
+        let voided = Voided { grounds, reason, source_settled, target_settled, told_to_discard };
         self.row.becomes(RowState::Voided(voided), Decision::Void(Move { from, to }))
     }
 
@@ -647,16 +672,18 @@ impl Decider<'_> {
     }
 
     /// A target runs only on a commit: this registry forgot it. The source's word (vote or receipt) for the same
-    /// stream is awaited, so that a target alone can't take a VM.
+    /// stream is awaited, so that a target alone can't take a VM; of a source that is dead no word will come.
     fn adopt_commit(&self, open: &Open, receipt: RunningReceipt) -> Verdict {
-        let vouched =
-            open.source_vote.as_ref().map(|v| v.evidence).or(open.released).ok_or(Refusal::NotYet)?;
+        let said = open.source_vote.as_ref().map(|v| v.evidence).or(open.released);
+        let vouched = said.or(open.source_fenced.then_some(receipt.evidence)).ok_or(Refusal::NotYet)?;
         if vouched != receipt.evidence {
             return Err(Refusal::EvidenceDiffers);
         }
         let (from, to) = (self.row.at_source(), self.row.at_target());
         let state = match open.released {
             Some(_) => RowState::Completed { receipt },
+            // A dead host needs no release.
+            None if open.source_fenced => RowState::Completed { receipt },
             None => RowState::Running { receipt },
         };
         Ok(self.row.becomes(state, Decision::AdoptCommit(Move { from, to })))
@@ -682,6 +709,11 @@ impl Decider<'_> {
             }
             RowState::Completed { .. } => Ok(self.row.keep()),
             RowState::Discarded { .. } => Ok(self.source_settled()),
+            // The operator's word that the target is dead, and with it the order to discard, crossed the target's
+            // renunciation: the source has obeyed what reached it first.
+            RowState::Voided(Voided { told_to_discard: true, source_settled: false, .. }) => {
+                Ok(self.discard(self.row.back_at_source(), true))
+            }
             RowState::Committed(_) | RowState::Voided(_) => Err(Refusal::Contradiction),
         }
     }
@@ -720,6 +752,7 @@ impl Decider<'_> {
 
     fn target_fenced(&self) -> Verdict {
         match &self.row.state {
+            RowState::Open(open) if open.source_fenced => Ok(self.discard(self.row.at_source(), true)),
             // H10: a registry that can't prove continuity may have committed, so the frozen copy may be stale.
             RowState::Open(open) if self.row.continuity == Continuity::Unproven => {
                 let abort = open.abort.clone().or(Some(fenced("target")));
@@ -742,7 +775,9 @@ impl Decider<'_> {
     }
 
     fn discard(&self, from: Place, source_settled: bool) -> Outcome {
-        let to = Place { host: from.host.clone(), epoch: self.row.back_at_source().epoch };
+        // Above every epoch of this attempt, the one of a void that came before it included.
+        let epoch = self.row.back_at_source().epoch.max(Epoch(from.epoch.0.saturating_add(1)));
+        let to = Place { host: from.host.clone(), epoch };
         let state = RowState::Discarded { source_settled };
         self.row.becomes(state, Decision::Discard(Move { from, to }))
     }
@@ -752,6 +787,12 @@ impl Decider<'_> {
             RowState::Open(open) if open.target_fenced => Ok(self.discard(self.row.at_source(), true)),
             RowState::Open(open) if open.source_vote.is_some() && open.target_vote.is_some() => {
                 self.source_silent()
+            }
+            // H10: such a registry may have committed, and the target may run the VM.
+            RowState::Open(open) if self.row.continuity == Continuity::Unproven => {
+                let abort = open.abort.clone().or(Some(fenced("source")));
+                let open = Open { source_fenced: true, abort, ..open.clone() };
+                Ok(self.row.becomes(RowState::Open(open), Decision::Keep))
             }
             RowState::Open(_) => Ok(self.void(Grounds::SourceFenced, fenced("source"), true, false)),
             RowState::Committed(committed) if committed.target_fenced => {

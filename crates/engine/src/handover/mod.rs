@@ -56,6 +56,8 @@
 
 pub mod decider;
 pub mod journal;
+#[cfg(any(test, feature = "sim"))]
+pub mod model;
 mod rules;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;

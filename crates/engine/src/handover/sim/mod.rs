@@ -53,6 +53,40 @@ pub enum Invariant {
     HSignOverDead,
     /// The location's compare-and-swap finds what the row implies.
     HLocation,
+    /// What was renounced never runs.
+    HRenouncedNeverRuns,
+    /// The source is never thawed once the target was continued.
+    HNoThawAfterCont,
+    /// The epoch of the VM's record only grows.
+    HEpochsGrow,
+    /// An attempt is committed at most once and voided at most once, and never voided once its target ran.
+    HOneDecision,
+}
+
+impl Invariant {
+    /// Every invariant.
+    pub const ALL: [Self; 14] = [
+        Self::I1AtMostOne,
+        Self::I2NoRollback,
+        Self::I2Recovers,
+        Self::I4ConsumedOnce,
+        Self::I6JournalFirst,
+        Self::I8SuspendedRuns,
+        Self::L2Ends,
+        Self::HThawNeedsProof,
+        Self::HSignOverDead,
+        Self::HLocation,
+        Self::HRenouncedNeverRuns,
+        Self::HNoThawAfterCont,
+        Self::HEpochsGrow,
+        Self::HOneDecision,
+    ];
+
+    /// Whether it says that something comes, not that something never happens.
+    #[must_use]
+    pub const fn is_liveness(self) -> bool {
+        matches!(self, Self::I2Recovers | Self::L2Ends)
+    }
 }
 
 /// What went wrong, and when.
