@@ -5,7 +5,7 @@ use outrider_engine::handover::decider::{self, Continuity, Decision, HandoverRow
 use outrider_engine::handover::journal::{Entry, NonceLedger, Recorded, attempts, superseded};
 use outrider_engine::handover::source::{self, Claim, Source};
 use outrider_engine::handover::target::{self, QemuStatus, RunState, Target};
-use outrider_engine::handover::{Attempt, QemuFacts, RenunciationProof, Resolution, fresh_epochs};
+use outrider_engine::handover::{Attempt, QemuFacts, RenunciationProof, Resolution, TimerKind, fresh_epochs};
 use types::handover::{
     AbortReason, HandoverKey, PriorRunState, ReleaseReceipt, Renunciation, RunningReceipt, SourceVote,
     Statement, StreamEvidence, TargetVote, ThawReceipt,
@@ -104,6 +104,21 @@ fn voted_target(host: &mut Host) -> Target {
     }
     assert_eq!(target.state_name(), "voted");
     target
+}
+
+fn voted_source(host: &mut Host) -> Source {
+    let mut source = start(host, 1);
+    let events = [
+        source::Event::GuestStopped,
+        source::Event::EndOfStream(evidence()),
+        source::Event::FreezeConfirmed,
+        source::Event::ProofOk,
+    ];
+    for event in events {
+        feed_source(host, &mut source, event);
+    }
+    assert_eq!(source.state_name(), "voted");
+    source
 }
 
 fn commit(prior: PriorRunState) -> target::Event {
@@ -294,6 +309,59 @@ fn a_silent_source_never_commits_to_a_fenced_target() {
     let voided = decide(&row, decider::Event::Renounced(proof(&attempt))).row;
     let released = says(Side::Source, Statement::Released(ReleaseReceipt { key, evidence: evidence() }));
     assert!(matches!(decide(&voided, released).decision, Decision::Discard(_)));
+}
+
+/// The model checker found it: both copies died after the source's vote, and the row of the commit never ended, because
+/// the source answered the order to discard with a NO-VOTE that contradicts its vote.
+#[test]
+fn a_source_whose_voted_copy_died_says_released_when_it_is_to_discard() {
+    let mut host = Host::default();
+    let mut source = voted_source(&mut host);
+    feed_source(&mut host, &mut source, source::Event::QemuDied);
+    assert_eq!(source.state_name(), "voted-lost");
+    let order = source::Order::Fenced { resolution: Resolution::Discard };
+    let effects = feed_source(&mut host, &mut source, source::Event::Order { key: attempt(1).key, order });
+    let says = |e: &source::Effect| matches!(e, source::Effect::Send(Statement::Released(_)));
+    assert!(effects.iter().any(says), "{effects:?}");
+    let recovered = attempts(&host.journal);
+    let [Recorded::Source { entries, .. }] = recovered.as_slice() else { panic!("{recovered:?}") };
+    let (again, effects) = Source::recover(entries.iter().copied(), source::QemuSeen::Dead).unwrap();
+    assert_eq!((again.state_name(), effects.iter().any(says)), ("released", true));
+}
+
+/// The model checker found it: the proof was shown once and lost, and the target that signed it is lost too.
+#[test]
+fn a_source_whose_voted_copy_died_owes_the_renunciation_until_it_is_adopted() {
+    let mut host = Host::default();
+    let mut source = voted_source(&mut host);
+    feed_source(&mut host, &mut source, source::Event::QemuDied);
+    feed_source(&mut host, &mut source, source::Event::Renounced(proof(&attempt(1))));
+    let again = feed_source(&mut host, &mut source, source::Event::Timer(TimerKind::Resend));
+    assert!(again.contains(&source::Effect::Present(proof(&attempt(1)))), "{again:?}");
+    let touches =
+        |e: &source::Effect| matches!(e, source::Effect::Thaw | source::Effect::YankOrCancel { .. });
+    assert!(!again.iter().any(touches), "there is no QEMU: {again:?}");
+}
+
+/// The model checker found it: a registry that was set back commits on the old votes after it had freed the source by
+/// the operator's word, which it forgot; the source runs, the target is dead, and the row never ended.
+#[test]
+fn a_thawed_source_over_a_fenced_commit_keeps_the_vm() {
+    let attempt = attempt(1);
+    let Attempt { key, permit, .. } = attempt;
+    let decide = |row: &HandoverRow, event| decider::decide(row, event).unwrap();
+    let says = |from, statement| decider::Event::Statement { from, statement };
+    let source_vote = SourceVote { key, permit, evidence: evidence(), prior: PriorRunState::Running };
+    let target_vote = TargetVote { key, permit, evidence: evidence() };
+    let row = HandoverRow { continuity: Continuity::Unproven, ..HandoverRow::new(&attempt) };
+    let row = decide(&row, says(Side::Source, Statement::Frozen(source_vote))).row;
+    let row = decide(&row, says(Side::Target, Statement::Prepared(target_vote))).row;
+    let thawed = says(Side::Source, Statement::Thawed(ThawReceipt { key, had_voted: true }));
+    assert_eq!(decider::decide(&row, thawed.clone()), Err(decider::Refusal::NotYet));
+    let row = decide(&row, decider::Event::TargetFenced).row;
+    let kept = decide(&row, thawed);
+    assert!(matches!(&kept.decision, Decision::Void(step) if step.to.host == attempt.source));
+    assert!(kept.row.is_final());
 }
 
 #[test]

@@ -647,11 +647,13 @@ impl Decider<'_> {
             _ => self.row.at_source(),
         };
         let to = self.row.back_at_source();
-        let told_to_discard = match &self.row.state {
+        let fenced = match &self.row.state {
             RowState::Open(open) => open.target_fenced,
             RowState::Committed(committed) => committed.target_fenced,
             _ => false,
         };
+        // A registry that was set back may have said so and forgotten it.
+        let told_to_discard = fenced || self.row.continuity == Continuity::Unproven;
         let voided = Voided { grounds, reason, source_settled, target_settled, told_to_discard };
         self.row.becomes(RowState::Voided(voided), Decision::Void(Move { from, to }))
     }
@@ -722,6 +724,11 @@ impl Decider<'_> {
         match &self.row.state {
             RowState::Voided(_) => Ok(self.source_settled()),
             RowState::Open(open) if open.target_fenced => {
+                Ok(self.void(Grounds::TargetFenced, fenced("target"), true, true))
+            }
+            // The source was freed by a word or a renunciation that this registry forgot, and it runs: with the target
+            // dead nothing else does.
+            RowState::Committed(committed) if committed.target_fenced => {
                 Ok(self.void(Grounds::TargetFenced, fenced("target"), true, true))
             }
             // H8: a thawed source over a commit holds a renunciation; it shows it, and that is adopted. Nothing is

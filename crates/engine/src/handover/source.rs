@@ -744,9 +744,27 @@ impl Shared {
             }
             Event::Renounced(proof) => {
                 let fact = SourceFact::RenunciationAccepted { proof: proof.clone() };
-                self.both_dead(vec![self.journal(fact), Effect::Present(proof)])
+                let report = Effect::Report(Weight::Breach, "both copies of the VM are dead".into());
+                let mut effects = vec![self.journal(fact), report];
+                // The proof is owed to the manager until it has adopted it, as after a thaw: the target may be gone.
+                let freed_by = FreedBy::Renunciation(proof);
+                effects.extend(self.present_thaw(&freed_by));
+                (State::Thawed { freed_by, runs: true }, Reaction::act(effects))
             }
-            Event::Order { order: Order::Fenced { resolution }, .. } => {
+            // What is to be destroyed is gone: the registry hears what it waits for.
+            Event::Order {
+                order: Order::Fenced { resolution: resolution @ Resolution::Discard }, ..
+            } => {
+                let evidence = vote.evidence;
+                let mut effects = vec![
+                    self.journal(SourceFact::FenceAccepted { resolution }),
+                    self.journal(SourceFact::Released),
+                    Effect::Report(Weight::Breach, "both copies of the VM are dead".into()),
+                ];
+                effects.extend(self.send_released(evidence));
+                (State::Released { evidence, outcome: Outcome::Discarded }, Reaction::act(effects))
+            }
+            Event::Order { order: Order::Fenced { resolution: resolution @ Resolution::Thaw }, .. } => {
                 self.both_dead(vec![self.journal(SourceFact::FenceAccepted { resolution })])
             }
             _ => (State::VotedLost { vote }, Reaction::ignored()),

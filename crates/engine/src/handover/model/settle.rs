@@ -247,18 +247,16 @@ impl Run<'_> {
 
     /// Whether what a fair run came to is a good end.
     fn judge(&mut self) -> Option<(Invariant, &'static str)> {
+        let managed = !self.state.is(mark::NO_MANAGER);
         // Without a manager nobody hears the operator.
         let nobody = self.state.lost != 0 || (0..self.state.lanes.len()).any(|l| self.awaits_operator(l));
-        if self.state.is(mark::VM_LOST) || self.state.is(mark::NO_MANAGER) && nobody {
-            return None;
-        }
-        let running = self.state.qemus.iter().filter(|q| q.executes()).count();
-        if running == 0 && !self.state.is(mark::DISCARDED) {
+        let excused = self.state.is(mark::VM_LOST | mark::DISCARDED) || !managed && nobody;
+        if !excused && !self.state.qemus.iter().any(Qemu::executes) {
             return Some((Invariant::I2Recovers, "no copy runs, and a valid one is held"));
         }
-        let promised = !self.state.is(mark::NO_MANAGER) && self.state.lost == 0;
+        // Whatever is lost: the row ends, or nobody may start the VM again.
         let open = |l: &Lane| l.attempt != 0 && !self.tables.rows.get(l.row).is_final();
-        if promised && self.state.lanes.iter().any(open) {
+        if managed && self.state.lanes.iter().any(open) {
             return Some((Invariant::L2Ends, "the hand-over does not end at the manager"));
         }
         None

@@ -588,10 +588,10 @@ fn dead_at_source(name: &str) -> u8 {
         "stopping" => &[GuestStopped],
         "freezing" | "proving" => &[GuestStopped, EndOfStream],
         "voted" | "asking" => &[GuestStopped, EndOfStream, ChannelLost],
-        "thawed" | "cancelling" | "releasing" => {
+        "thawed" | "cancelling" | "releasing" | "voted-lost" => {
             &[GuestStopped, EndOfStream, ChannelLost, GuestResumed, MigrationFailed]
         }
-        "voted-lost" | "released" | "lost" | "closed" => {
+        "released" | "lost" | "closed" => {
             &[GuestStopped, EndOfStream, ChannelLost, GuestResumed, MigrationFailed, QemuDied]
         }
         _ => &[],
