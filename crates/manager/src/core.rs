@@ -1,7 +1,7 @@
 //! What every part of the manager shares.
 
 use crate::anchor::Anchor;
-use crate::attestation::enrolment::Challenges;
+use crate::attestation::{Looks, enrolment::Challenges};
 use crate::authority::Authority;
 use crate::clock;
 use crate::config::Config;
@@ -35,6 +35,8 @@ pub(crate) struct Manager {
     pub(crate) probes: crate::migration::probe::History,
     /// Of the joins.
     pub(crate) door: Doorkeeper,
+    /// At platforms, outside migrations.
+    pub(crate) looks: Looks,
     /// Of the TPMs of hosts that join.
     pub(crate) challenges: Challenges,
     pub(crate) anchor: Anchor,

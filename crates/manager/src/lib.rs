@@ -135,6 +135,7 @@ pub async fn run_with(
         leases,
         probes: migration::probe::History::default(),
         door: http::Doorkeeper::default(),
+        looks: attestation::Looks::default(),
         challenges: attestation::enrolment::Challenges::default(),
         anchor: Anchor::open(&state),
         forgetful: std::sync::OnceLock::new(),

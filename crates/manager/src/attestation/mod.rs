@@ -29,11 +29,15 @@ use attest::{
 };
 use registry::{HostRow, PlatformVerdict, QuoteRow, Tx};
 use serde_json::json;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use types::{Digest, ErrorCode, HostName, MigrationId, Nonce, Problem, Side};
 
 /// A discrete TPM signs in less than a second; a few questions may stand before this one.
 const QUOTE_LIMIT: Duration = Duration::from_secs(6);
+/// A host that goes on failing for the same reason is written down once in this time: looks are cheap to ask for.
+const SAME_REASON_US: i64 = 60_000_000;
 /// Text of a reason that is kept and shown.
 const REASON_LIMIT_CHARS: usize = 2_000;
 
@@ -72,6 +76,22 @@ pub(crate) async fn standing(tx: &mut Tx, host: &HostRow) -> Result<Option<Stand
     })?;
     let clock = row.clock.as_deref().map(|text| read("the TPM's last clock", text)).transpose()?;
     Ok(Some(Standing { enrolled: read("the enrolled platform", &row.enrolled)?, reference, clock }))
+}
+
+/// Looks at hosts outside migrations, one at a time for each host: whoever asks for many keeps himself waiting, and not the
+/// TPM from the migrations.
+#[derive(Default)]
+pub(crate) struct Looks(Mutex<BTreeMap<HostName, Arc<tokio::sync::Mutex<()>>>>);
+
+impl Looks {
+    async fn turn(&self, host: &HostName) -> tokio::sync::OwnedMutexGuard<()> {
+        let turns = {
+            let mut all =
+                self.0.lock().expect("no holder of this lock can panic: it only moves values in a map");
+            Arc::clone(all.entry(host.clone()).or_default())
+        };
+        turns.lock_owned().await
+    }
 }
 
 /// The proof that a host's platform is as it should be, for one purpose.
@@ -208,6 +228,10 @@ async fn prove_since(
     purpose: Purpose,
     start: Option<ClockInfo>,
 ) -> Result<Option<Proof>, Problem> {
+    let _turn = match purpose {
+        Purpose::HostCheck => Some(manager.looks.turn(host.name()).await),
+        Purpose::Join | Purpose::Migration { .. } => None,
+    };
     let asked = async {
         let mut tx = manager.registry.read("platform").await.map_err(Problem::from)?;
         let Some(standing) = standing(&mut tx, host).await? else { return Ok(None) };
@@ -322,6 +346,13 @@ async fn flag(manager: &Manager, host: &HostName, failed: &Failed) -> Result<(),
     tracing::warn!(%host, "not trusted: {}", problem.detail);
     let mut tx = manager.begin("platform refused").await?;
     let verdict = verdict(false, Some(problem.detail.clone()), failed.appraisal.as_deref());
+    let last = tx.platform(host).await?.and_then(|row| row.verdict);
+    if last.is_some_and(|last| {
+        !last.trusted && last.reason == verdict.reason && verdict.at_us - last.at_us < SAME_REASON_US
+    }) {
+        // Said already; what is shown stays as it is, with its time, so that it is said again after a while.
+        return Ok(());
+    }
     tx.platform_appraised(host, &verdict, None).await?;
     let mut detail = json!({ "trusted": false, "detail": cut(&problem.detail) });
     if let Some(appraisal) = &failed.appraisal {
