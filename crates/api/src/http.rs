@@ -112,8 +112,11 @@ pub struct ReferenceView {
     pub set_at: String,
     /// Who set them.
     pub set_by: String,
-    /// The values; `POST /v1/references/{scope}` takes the same document.
-    pub values: serde_json::Value,
+    /// The registers, e.g. `sha256:0,2,4,7`.
+    pub pcrs: String,
+    /// The values; `POST /v1/references/{scope}` takes the same document. Not in a list: with recorded events they are long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub values: Option<serde_json::Value>,
 }
 
 /// `POST /v1/references/{scope}/allow`: one more value of one register.

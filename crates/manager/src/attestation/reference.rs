@@ -80,8 +80,25 @@ fn view(row: ReferenceRow) -> Result<ReferenceView, Problem> {
         digest: values.digest().to_string(),
         set_at: clock::rfc3339(row.set_at_us),
         set_by: row.set_by,
-        values: serde_json::to_value(&values).unwrap_or_default(),
+        pcrs: values.selection().to_string(),
+        values: None,
     })
+}
+
+/// One scope's values, in full.
+///
+/// # Errors
+/// `bad-request`: there are none.
+pub(crate) async fn show(manager: &Manager, scope: &str) -> Result<ReferenceView, Problem> {
+    let row = manager.registry.read("show reference values").await?.reference(scope).await?;
+    let row = row.ok_or_else(|| none(scope))?;
+    let values = read(&format!("the reference values of {scope}"), &row.document)?;
+    Ok(ReferenceView { values: Some(values), ..view(row)? })
+}
+
+fn none(scope: &str) -> Problem {
+    let detail = format!("there are no reference values for {scope}");
+    Problem::new(ErrorCode::BadRequest, detail).hint("`outrider reference list` shows all")
 }
 
 /// Every scope's values.
@@ -150,9 +167,7 @@ pub(crate) async fn allow(
     let bad = |detail: String| Problem::new(ErrorCode::BadRequest, detail);
     let mut tx = manager.begin("allow a value").await?;
     let row = tx.reference(scope).await?;
-    let row = row.ok_or_else(|| {
-        bad(format!("there are no reference values for {scope}")).hint("`outrider reference list` shows all")
-    })?;
+    let row = row.ok_or_else(|| none(scope))?;
     let values: ReferenceValues = read(&format!("the reference values of {scope}"), &row.document)?;
     let index = PcrIndex::try_from(order.pcr).map_err(|e| bad(e.to_owned()))?;
     let mut pcrs = values.pcrs().clone();
@@ -186,8 +201,7 @@ pub(crate) async fn remove(
 ) -> Result<Vec<ReferenceView>, Problem> {
     let mut tx = manager.begin("remove reference values").await?;
     if !tx.remove_reference(scope).await? {
-        let detail = format!("there are no reference values for {scope}");
-        return Err(Problem::new(ErrorCode::BadRequest, detail).hint("`outrider reference list` shows all"));
+        return Err(none(scope));
     }
     tx.audit(&caller.audit_name(), "reference.remove", scope, json!({})).await?;
     let rows = tx.references().await?;

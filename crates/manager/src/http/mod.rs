@@ -25,6 +25,9 @@ use types::Problem;
 /// The longest document is a VM's spec: far below a quarter of a MiB.
 const BODY_LIMIT_BYTES: usize = 256 * 1024;
 
+/// Reference values with the events that were recorded for 24 registers.
+const REFERENCE_LIMIT_BYTES: usize = 4 * 1024 * 1024;
+
 /// Whether the registry took writes, and when it was asked.
 pub(crate) type Readiness = (Instant, Result<(), Problem>);
 
@@ -48,7 +51,12 @@ pub(crate) fn router(manager: Arc<Manager>) -> Router {
         .route("/v1/hosts/{name}/attest", post(platforms::attest))
         .route("/v1/hosts/{name}/reference", post(platforms::record))
         .route("/v1/references", get(platforms::references))
-        .route("/v1/references/{kind}/{name}", post(platforms::set))
+        .route(
+            "/v1/references/{kind}/{name}",
+            get(platforms::reference)
+                .post(platforms::set)
+                .layer(DefaultBodyLimit::max(REFERENCE_LIMIT_BYTES)),
+        )
         .route("/v1/references/{kind}/{name}/allow", post(platforms::allow))
         .route("/v1/references/{kind}/{name}/remove", post(platforms::remove))
         .route("/v1/tokens", get(handlers::tokens).post(handlers::add_token))

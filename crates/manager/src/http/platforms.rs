@@ -40,6 +40,16 @@ pub(super) async fn references(State(app): State<App>, caller: Caller) -> Answer
     Ok(Json(reference::list(&app.manager).await?))
 }
 
+pub(super) async fn reference(
+    State(app): State<App>,
+    caller: Caller,
+    Path((kind, name)): Path<(String, String)>,
+) -> Answer<ReferenceView> {
+    caller.may(&app, Action::View)?;
+    let scope = reference::scope(&kind, &name)?;
+    Ok(Json(reference::show(&app.manager, &scope).await?))
+}
+
 pub(super) async fn set(
     State(app): State<App>,
     caller: Caller,

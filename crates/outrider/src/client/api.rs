@@ -72,6 +72,11 @@ impl Client {
         self.get("/v1/references").await
     }
 
+    /// One scope's reference values, in full.
+    pub(crate) async fn reference(&self, scope: &str) -> Result<ReferenceView, ClientError> {
+        self.get(&format!("/v1/references/{scope}")).await
+    }
+
     /// Sets reference values.
     pub(crate) async fn set_reference(
         &self,

@@ -3,10 +3,9 @@
 use super::{DONE, Outcome, read_input};
 use crate::args::{Format, ReferenceCommand};
 use crate::client::Client;
-use crate::error::{Error, InputError};
+use crate::error::InputError;
 use crate::output::{self, platforms};
 use api::http::{AllowValue, RecordReference, ReferenceView};
-use types::{ErrorCode, Problem};
 
 /// 24 registers with 512 events each stay below.
 const DOCUMENT_LIMIT_BYTES: u64 = 4 << 20;
@@ -19,9 +18,7 @@ pub(super) async fn run(command: ReferenceCommand, format: Format) -> Outcome {
             return Ok(DONE);
         }
         ReferenceCommand::Show(args) => {
-            let all = Client::new(&args.connection)?.references().await?;
-            let found = all.into_iter().find(|one| one.scope == args.scope.0);
-            let found = found.ok_or_else(|| unknown(&args.scope.0))?;
+            let found = Client::new(&args.connection)?.reference(&args.scope.0).await?;
             // The document itself, in either format: it is what `set` reads.
             output::print_json(&found.values);
             return Ok(DONE);
@@ -59,9 +56,4 @@ pub(super) async fn run(command: ReferenceCommand, format: Format) -> Outcome {
         format!("{} is measured against {} from now on.\n", changed.scope, changed.digest)
     });
     Ok(DONE)
-}
-
-fn unknown(scope: &str) -> Error {
-    let detail = format!("there are no reference values for {scope}");
-    Error::Daemon(Problem::new(ErrorCode::BadRequest, detail).hint("`outrider reference list` shows all"))
 }

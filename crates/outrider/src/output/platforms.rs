@@ -61,16 +61,7 @@ fn short(digest: &str) -> String {
 /// Whose values are set.
 pub(crate) fn references(all: &[ReferenceView], width: usize) -> String {
     let row = |one: &ReferenceView| {
-        let pcrs = one.values["pcrs"].as_object();
-        let pcrs = pcrs.map(|pcrs| pcrs.keys().cloned().collect::<Vec<_>>().join(","));
-        let bank = one.values["bank"].as_str().unwrap_or_default();
-        vec![
-            one.scope.clone(),
-            format!("{bank}:{}", pcrs.unwrap_or_default()),
-            short(&one.digest),
-            one.set_at.clone(),
-            one.set_by.clone(),
-        ]
+        vec![one.scope.clone(), one.pcrs.clone(), short(&one.digest), one.set_at.clone(), one.set_by.clone()]
     };
     columns(
         &["SCOPE", "PCRS", "DIGEST", "SET", "BY"],
