@@ -1,6 +1,7 @@
 //! What the operators' port lets in, and how it says no.
 
 use crate::fake_host::{FakeHost, Manners};
+use crate::skip::skip;
 use crate::world::{World, config, host_spec, intent, now_ms, try_run, vm_spec};
 use hyper::StatusCode;
 use serde_json::{Value, json};
@@ -306,11 +307,12 @@ async fn a_full_disk_refuses_and_recovers() {
     let mut command = std::process::Command::new("mount");
     let mounted = command.args(["-t", "tmpfs", "-o", "size=4m", "tmpfs"]).arg(&mount).status();
     if !mounted.is_ok_and(|s| s.success()) {
-        println!("SKIPPED a_full_disk: this user may not mount a tmpfs");
+        skip("this user may not mount a tmpfs");
         return;
     }
     let unmount = Unmount(mount.clone());
-    let world = World::at(folder, mount.join("m"));
+    // The folder of the mount goes after it.
+    let world = World::at(tempfile::tempdir().unwrap(), mount.join("m"));
     world.ok("/v1/vms", &vm_spec("vm", 1)).await;
     let ballast = mount.join("ballast");
     let mut file = std::fs::File::create(&ballast).unwrap();
@@ -336,6 +338,7 @@ async fn a_full_disk_refuses_and_recovers() {
     assert_eq!(world.get("/v1/audit/verify").await["verified"], true);
     drop(world);
     drop(unmount);
+    folder.close().unwrap();
 }
 
 struct Unmount(std::path::PathBuf);
