@@ -6,7 +6,7 @@
 //! | [`Tpm::create_ak`] | once; keeps [`AkBlobs`] in a file of mode 0600 |
 //! | [`Tpm::activate_credential`] | answers the manager's challenge at the join |
 //! | [`Tpm::load_ak`], [`Tpm::evidence`] | answers the manager's questions |
-//! | [`event_log`] | sends along, so that a mismatch can be explained |
+//! | [`event_log()`] | sends along, so that a mismatch can be explained |
 //!
 //! All calls block, each for at most its number of commands times the deadline of one. A transport that
 //! failed in the middle of a command is not used again: open a new [`Tpm`]. Objects and sessions are flushed
