@@ -7,6 +7,7 @@ mod fake_host;
 mod http;
 mod joining;
 mod migrating;
+mod policies;
 #[path = "../../../registry/tests/support/postgres.rs"]
 mod postgres;
 mod restarting;
