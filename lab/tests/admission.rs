@@ -17,8 +17,8 @@ use outrider_lab::{process, require};
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
 
-/// Of one CPU, for everything of the loaded host.
-const CPU_SHARE: f64 = 0.4;
+/// Of each 100 ms of one CPU, for everything of the loaded host.
+const CPU_QUOTA_US: u64 = 40_000;
 const MEMORY_LIMIT_MIB: u64 = 640;
 /// With this the guest's 256 MiB do not fit under the limit.
 const HOG_MIB: u64 = 420;
@@ -85,10 +85,10 @@ fn limit(fleet: &Fleet, files: &[(&str, String)]) -> Result<()> {
     Ok(())
 }
 
-fn limit_cpu(fleet: &Fleet, share: Option<f64>) -> Result<()> {
-    let quota_us = share.map(|share| (share * 100_000.0) as i64);
+fn limit_cpu(fleet: &Fleet, quota_us: Option<u64>) -> Result<()> {
+    let v1 = quota_us.map_or_else(|| "-1".to_owned(), |quota| quota.to_string());
     let v2 = quota_us.map_or_else(|| "max 100000".to_owned(), |quota| format!("{quota} 100000"));
-    limit(fleet, &[("cpu.cfs_quota_us", quota_us.unwrap_or(-1).to_string()), ("cpu.max", v2)])
+    limit(fleet, &[("cpu.cfs_quota_us", v1), ("cpu.max", v2)])
 }
 
 fn limit_memory(fleet: &Fleet, mib: Option<u64>) -> Result<()> {
@@ -154,7 +154,7 @@ fn a_loaded_target_refuses_and_the_vm_keeps_its_work_rate() {
             Ok((explained(&fleet, &guest.name)?["allowed"] == true).then_some(()))
         })?;
 
-        limit_cpu(&fleet, Some(CPU_SHARE))?;
+        limit_cpu(&fleet, Some(CPU_QUOTA_US))?;
         let hog = Hog::start(&fleet, "while :; do :; done")?;
         refused(&fleet, &guest.name, "CPU")?;
         // Interleaved, so that whatever else the machine does falls on both.
