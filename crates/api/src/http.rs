@@ -1,6 +1,7 @@
 //! HTTP documents (`/v1/…`). Keys carry their units and never change their meaning.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use types::host::{Capacity, HostSpec, HostState, Interface, Load};
 use types::inventory::{Enrolment, Inventory};
 use types::vm::{VmSpec, VmState};
@@ -197,6 +198,9 @@ pub struct AddToken {
     pub role: Name,
     /// Days after which it opens nothing, 1 to 3650.
     pub expires_in_days: u32,
+    /// Tenants whose VMs it may see and move, `all` for all of them; what it may do without any is policy's to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenants: Option<Vec<Name>>,
 }
 
 /// A token, without what opens anything.
@@ -210,6 +214,9 @@ pub struct TokenView {
     pub expires_at: Option<String>,
     /// Whether that is past.
     pub expired: bool,
+    /// Tenants that it is for.
+    #[serde(default)]
+    pub tenants: Option<Vec<String>>,
 }
 
 /// The answer to `POST /v1/tokens`.
@@ -249,6 +256,9 @@ pub struct Migrate {
     /// `zlib` or `zstd` on those channels; none when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression: Option<String>,
+    /// A plan of maintenance that covers the move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Nonce>,
     /// Never used before.
     pub nonce: Nonce,
     /// Milliseconds since the Unix epoch.
@@ -348,4 +358,95 @@ pub struct MigrationEvent {
     pub kind: String,
     /// Details.
     pub detail: serde_json::Value,
+}
+
+/// `POST /v1/policy`: a policy set, as a folder holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyContent {
+    /// File names (`*.cedar`, `zones.toml`) and what is in them.
+    pub files: BTreeMap<String, String>,
+    /// A table of expectations, all of which must hold (TOML).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expectations: Option<String>,
+}
+
+/// `POST /v1/policy/rollback`: a set that was in force before is put into force again.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PolicyRollback {
+    /// Its digest, or enough of its beginning.
+    pub digest: String,
+}
+
+/// A policy set that is or was in force.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicySetView {
+    /// Counts up; 0 is what the manager was configured with.
+    pub sequence: u64,
+    /// Of its content.
+    pub digest: String,
+    /// Who applied it.
+    pub applied_by: String,
+    /// RFC 3339; none for what the manager was configured with.
+    pub applied_at: Option<String>,
+    /// Its policies, by id; in histories left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub policies: Vec<PolicyItem>,
+    /// Its files, so that it can be compared and kept; in histories left out.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub files: BTreeMap<String, String>,
+}
+
+/// One policy of a set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyItem {
+    /// Its id.
+    pub id: String,
+    /// `permit` or `forbid`.
+    pub effect: String,
+    /// What a denial says.
+    pub reason: Option<String>,
+}
+
+/// `POST /v1/plans`: a plan of maintenance.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddPlan {
+    /// The host that VMs are moved from.
+    pub host: HostName,
+    /// Where to; any host when empty.
+    #[serde(default)]
+    pub targets: Vec<HostName>,
+    /// Zones of the targets; any when empty.
+    #[serde(default)]
+    pub zones: Vec<String>,
+    /// When it begins, seconds since the Unix epoch; now when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_before_unix_s: Option<u64>,
+    /// When it is over, 30 days later at most.
+    pub not_after_unix_s: u64,
+}
+
+/// A plan of maintenance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanView {
+    /// Its id, which requests name.
+    pub id: String,
+    /// The host that VMs are moved from.
+    pub host: HostName,
+    /// `waiting`, `in-force`, `over`, `revoked`, or `not-signed-here`.
+    pub state: String,
+    /// Where to; any host when empty.
+    pub targets: Vec<HostName>,
+    /// Zones of the targets; any when empty.
+    pub zones: Vec<String>,
+    /// RFC 3339; none when it was not signed here.
+    pub not_before: Option<String>,
+    /// RFC 3339; none when it was not signed here.
+    pub not_after: Option<String>,
+    /// Who made it.
+    pub created_by: String,
+    /// RFC 3339.
+    pub created_at: String,
 }

@@ -2,10 +2,12 @@
 
 use crate::clock;
 use crate::config::Config;
+use crate::policy::plans::Plan;
 use base64_pem::blocks;
 use link::ca::{Ca, Subject, write_private};
 use link::identity::{IdentityKey, LiveIdentity, TlsIdentity, TrustDomain};
-use permit::{PermitToken, SigningKey};
+use permit::document::{self, DocumentKind};
+use permit::{PermitToken, SignatureError, SigningKey};
 use registry::Database;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::ErrorKind;
@@ -162,6 +164,23 @@ impl Authority {
     pub(crate) fn issue(&self, claims: &PermitClaims) -> Result<PermitToken, Problem> {
         permit::issue(&self.permit_key, &self.key_id, claims)
             .map_err(|e| Problem::new(ErrorCode::Internal, format!("the permit cannot be signed: {e}")))
+    }
+
+    /// Signs a plan of maintenance.
+    ///
+    /// # Errors
+    /// `bad-request`: it is too long.
+    pub(crate) fn sign_plan(&self, plan: &Plan) -> Result<Vec<u8>, Problem> {
+        document::sign(&self.permit_key, DocumentKind::MaintenancePlan, plan)
+            .map_err(|e| Problem::new(ErrorCode::BadRequest, format!("the plan cannot be signed: {e}")))
+    }
+
+    /// Reads a plan that this manager signed.
+    ///
+    /// # Errors
+    /// It is none, or another key signed it.
+    pub(crate) fn read_plan(&self, token: &[u8]) -> Result<Plan, SignatureError> {
+        document::verify(token, DocumentKind::MaintenancePlan, self.permit_key.verifying_key())
     }
 
     /// Certifies a host whose right to it was checked.

@@ -9,7 +9,7 @@ use crate::feed::Feed;
 use crate::fleet::Fleet;
 use crate::http::Doorkeeper;
 use crate::leases::Leases;
-use crate::policy::Policy;
+use crate::policy::shelf::Shelf;
 use registry::{Registry, RegistryError, Tx};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -24,7 +24,7 @@ pub(crate) struct Manager {
     pub(crate) config: Config,
     pub(crate) registry: Registry,
     pub(crate) authority: Authority,
-    pub(crate) policy: Policy,
+    pub(crate) policies: Shelf,
     pub(crate) fleet: Fleet,
     pub(crate) feed: Feed,
     pub(crate) watch: Watch,

@@ -41,6 +41,7 @@ use crate::feed::Feed;
 use crate::fleet::{Fleet, FleetService, HostConnection};
 use crate::leases::Leases;
 use crate::policy::Policy;
+use crate::policy::shelf::Shelf;
 use api::fleet::fleet_server::FleetServer;
 use link::control::{HostListener, LinkError, OperatorListener};
 use registry::{ApiToken, Registry};
@@ -104,6 +105,7 @@ pub async fn run_with(
     let _database_lock = authority::lock_database(&database)?;
     let registry = Registry::open(&database).await?;
     admit_admin(&registry, &config, &token).await?;
+    let policies = Shelf::open(policy, &registry).await?;
     let identity = authority.identity();
     let operators = OperatorListener::bind(config.operator_listen, identity.clone())
         .await
@@ -126,7 +128,7 @@ pub async fn run_with(
         config,
         registry,
         authority,
-        policy,
+        policies,
         fleet: Fleet::default(),
         feed: Feed::new(),
         watch: Watch::default(),
@@ -170,7 +172,7 @@ async fn admit_admin(registry: &Registry, config: &Config, token: &str) -> Resul
         true => format!("admin-{}", config.name),
         false => "admin".to_owned(),
     };
-    let admin = ApiToken { name, role: "admin".to_owned(), expires_at_us: None };
+    let admin = ApiToken { name, role: "admin".to_owned(), expires_at_us: None, tenants: None };
     let hash = token_hash(token);
     if registry.read("admin token").await?.api_token(&hash).await?.as_ref() == Some(&admin) {
         return Ok(());

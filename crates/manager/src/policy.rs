@@ -1,15 +1,20 @@
 //! Authorisation: Cedar policies, default deny. A decision is a value: [`Allowed`] or a [`Problem`] that says why.
 
+pub(crate) mod plans;
+pub(crate) mod shelf;
 pub mod table;
+mod zones;
 
+use api::http::PolicyContent;
 use cedar_policy::{
     Authorizer, Context, Decision, Effect, Entities, Entity, EntityUid, PolicyId, PolicySet, Request,
     RestrictedExpression, Schema, ValidationMode, Validator,
 };
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use table::PolicyView;
-use types::{ErrorCode, HostName, Problem, vm::VmSpec};
+use types::{Digest, ErrorCode, HostName, Problem, vm::VmSpec};
+use zones::Zones;
 
 const SCHEMA: &str = include_str!("../policy/schema.cedarschema");
 const DEFAULT: &str = include_str!("../policy/default.cedar");
@@ -23,6 +28,41 @@ pub(crate) struct Principal {
     pub(crate) name: String,
     /// Its role.
     pub(crate) role: String,
+    /// Tenants that its token is for; it may name none.
+    pub(crate) tenants: Option<Vec<String>>,
+}
+
+/// A plan of maintenance that is signed, in its window and about the source; whether it covers the move.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PlanFacts {
+    /// Its id.
+    pub(crate) id: String,
+    /// Who made it.
+    pub(crate) created_by: String,
+}
+
+/// What is asked for on one VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum VmAction {
+    /// See it, and its migrations.
+    View,
+    /// Define, start and stop it, and control its migrations.
+    Use,
+}
+
+impl VmAction {
+    const ALL: [Self; 2] = [Self::View, Self::Use];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::View => "view-vm",
+            Self::Use => "use-vm",
+        }
+    }
+
+    fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|action| action.as_str() == name)
+    }
 }
 
 /// What is asked for on the fleet as a whole.
@@ -46,10 +86,14 @@ pub(crate) enum Action {
     View,
     /// Read the audit log.
     Audit,
+    /// Put a policy set into force.
+    ApplyPolicy,
+    /// Make plans of maintenance, and take them back.
+    Plan,
 }
 
 impl Action {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 11] = [
         Self::DefineVm,
         Self::StartVm,
         Self::StopVm,
@@ -59,6 +103,8 @@ impl Action {
         Self::SetReference,
         Self::View,
         Self::Audit,
+        Self::ApplyPolicy,
+        Self::Plan,
     ];
 
     fn named(name: &str) -> Option<Self> {
@@ -81,6 +127,8 @@ impl Action {
             Self::SetReference => "set-reference",
             Self::View => "view",
             Self::Audit => "audit",
+            Self::ApplyPolicy => "apply-policy",
+            Self::Plan => "plan",
         }
     }
 }
@@ -131,7 +179,12 @@ impl Verdict {
 pub(crate) struct Policy {
     policies: PolicySet,
     schema: Schema,
+    zones: Zones,
+    files: BTreeMap<String, String>,
 }
+
+/// The file of a set that says what zones are.
+const ZONES_FILE: &str = "zones.toml";
 
 fn bad(detail: impl Into<String>) -> Problem {
     Problem::new(ErrorCode::BadConfiguration, detail)
@@ -151,6 +204,39 @@ impl Policy {
         Self::parse(&[("built-in".to_owned(), DEFAULT.to_owned())])
     }
 
+    /// A set that was sent or kept.
+    ///
+    /// # Errors
+    /// `bad-configuration`, naming the file and what is wrong with it.
+    pub(crate) fn of_content(content: &PolicyContent) -> Result<Self, Problem> {
+        let known = |name: &str| name.ends_with(".cedar") || name == ZONES_FILE;
+        if let Some(other) = content.files.keys().find(|name| !known(name) || name.contains('/')) {
+            return Err(bad(format!("{other:?} is neither a *.cedar file nor {ZONES_FILE}")));
+        }
+        if !content.files.keys().any(|name| name.ends_with(".cedar")) {
+            return Err(bad("the policy set holds no *.cedar file: everything would be denied"));
+        }
+        let files: Vec<_> = content.files.iter().map(|(name, text)| (name.clone(), text.clone())).collect();
+        Self::parse(&files)
+    }
+
+    /// The same policies with other zones, as a table of expectations describes them.
+    fn with_zones(&self, zones: Zones) -> Result<Self, Problem> {
+        let files: Vec<_> = self.files.clone().into_iter().collect();
+        Ok(Self { zones, ..Self::parse(&files)? })
+    }
+
+    /// Names the set: the same files always come to the same.
+    pub(crate) fn digest(&self) -> Digest {
+        let json = serde_json_canonicalizer::to_vec(&self.files).expect("a map of texts serialises");
+        Digest::of(&json)
+    }
+
+    /// Its files.
+    pub(crate) const fn files(&self) -> &BTreeMap<String, String> {
+        &self.files
+    }
+
     /// Every `*.cedar` file of a folder, in the order of their names.
     ///
     /// # Errors
@@ -161,7 +247,7 @@ impl Policy {
         let mut paths = Vec::new();
         for entry in std::fs::read_dir(folder).map_err(list)? {
             let path = entry.map_err(list)?.path();
-            if path.extension().is_some_and(|e| e == "cedar") {
+            if path.extension().is_some_and(|e| e == "cedar") || path.ends_with(ZONES_FILE) {
                 paths.push(path);
             }
         }
@@ -177,7 +263,7 @@ impl Policy {
             }
             files.push((path.display().to_string(), std::fs::read_to_string(&path).map_err(read)?));
         }
-        if files.is_empty() {
+        if !files.iter().any(|(name, _)| name.ends_with(".cedar")) {
             return Err(bad(format!("the policy folder {} holds no *.cedar file", folder.display())).hint(
                 "without any policy everything would be denied; leave `policy` out for the built-in one",
             ));
@@ -189,7 +275,12 @@ impl Policy {
         let (schema, _) =
             Schema::from_cedarschema_str(SCHEMA).map_err(|e| bad(format!("policy schema: {e}")))?;
         let mut policies = PolicySet::new();
+        let mut zones = Zones::default();
         for (file, text) in files {
+            if Path::new(file).ends_with(ZONES_FILE) {
+                zones = Zones::parse(text).map_err(|e| bad(format!("{file}: {e}")))?;
+                continue;
+            }
             let parsed: PolicySet = text.parse().map_err(|e| bad(format!("{file}: {e}")))?;
             for (n, policy) in parsed.policies().enumerate() {
                 // `@id` is only an annotation to Cedar: made the id here, so that a denial can name it.
@@ -203,7 +294,11 @@ impl Policy {
         if let Some(error) = verdict.validation_errors().next() {
             return Err(bad(format!("policy {error}")));
         }
-        Ok(Self { policies, schema })
+        let name = |file: &String| {
+            Path::new(file).file_name().map_or_else(|| file.clone(), |n| n.to_string_lossy().into_owned())
+        };
+        let files = files.iter().map(|(file, text)| (name(file), text.clone())).collect();
+        Ok(Self { policies, schema, zones, files })
     }
 
     /// Whether `who` may do `action` on the fleet.
@@ -228,6 +323,28 @@ impl Policy {
         self.decide(who, action.as_str(), uid("Fleet", "fleet")?, Context::empty(), entities)
     }
 
+    /// Whether `who` may do `action` on a VM.
+    ///
+    /// # Errors
+    /// `forbidden`, with the reason and the deciding policy.
+    pub(crate) fn on_vm(&self, who: &Principal, action: VmAction, vm: &VmSpec) -> Result<Allowed, Problem> {
+        self.verdict_of_vm(who, action, vm).and_then(Verdict::into_result).map_err(|mut problem| {
+            problem.code = ErrorCode::Forbidden;
+            problem
+        })
+    }
+
+    fn verdict_of_vm(&self, who: &Principal, action: VmAction, vm: &VmSpec) -> Result<Verdict, Problem> {
+        let tenant = uid("Tenant", vm.tenant.as_str())?;
+        let resource = uid("Vm", &vm.uuid.to_string())?;
+        let entities = vec![
+            operator(who)?,
+            Entity::new_no_attrs(tenant.clone(), HashSet::new()),
+            vm_entity(vm, &resource, tenant)?,
+        ];
+        self.decide(who, action.as_str(), resource, Context::empty(), entities)
+    }
+
     /// Whether `who` may move `vm` from `source` to `target`.
     ///
     /// # Errors
@@ -236,32 +353,43 @@ impl Policy {
         &self,
         who: &Principal,
         vm: &VmSpec,
-        source: &HostFacts,
-        target: &HostFacts,
+        (source, target): (&HostFacts, &HostFacts),
+        plan: Option<&PlanFacts>,
     ) -> Result<Allowed, Problem> {
-        self.verdict_of_move(who, vm, source, target)?.into_result()
+        self.verdict_of_move(who, vm, (source, target), plan)?.into_result()
     }
 
     fn verdict_of_move(
         &self,
         who: &Principal,
         vm: &VmSpec,
-        source: &HostFacts,
-        target: &HostFacts,
+        (source, target): (&HostFacts, &HostFacts),
+        plan: Option<&PlanFacts>,
     ) -> Result<Verdict, Problem> {
         let tenant = uid("Tenant", vm.tenant.as_str())?;
         let resource = uid("Vm", &vm.uuid.to_string())?;
-        let entities = vec![
+        let mut entities = vec![
             operator(who)?,
             Entity::new_no_attrs(tenant.clone(), HashSet::new()),
             vm_entity(vm, &resource, tenant)?,
             host(source)?,
             host(target)?,
+            self.zones.entity(&source.zone)?,
         ];
+        if target.zone != source.zone {
+            entities.push(self.zones.entity(&target.zone)?);
+        }
         let host_uid = |h: &HostFacts| {
             Ok::<_, Problem>(RestrictedExpression::new_entity_uid(uid("Host", h.name.as_str())?))
         };
-        let pairs = [("source".to_owned(), host_uid(source)?), ("target".to_owned(), host_uid(target)?)];
+        let mut pairs =
+            vec![("source".to_owned(), host_uid(source)?), ("target".to_owned(), host_uid(target)?)];
+        if let Some(plan) = plan {
+            let fields = [("id", &plan.id), ("created_by", &plan.created_by)];
+            let fields = fields.map(|(key, value)| (key.to_owned(), text(value)));
+            let record = RestrictedExpression::new_record(fields).map_err(|e| defect("plan", e))?;
+            pairs.push(("plan".to_owned(), record));
+        }
         let context = Context::from_pairs(pairs).map_err(|e| defect("context", e))?;
         self.decide(who, "migrate", resource, context, entities)
     }
@@ -335,12 +463,17 @@ fn entity(
 }
 
 fn operator(who: &Principal) -> Result<Entity, Problem> {
-    entity(uid("Operator", &who.name)?, vec![("role", text(&who.role))], HashSet::new())
+    let mut attributes = vec![("role", text(&who.role))];
+    if let Some(tenants) = &who.tenants {
+        attributes.push(("tenants", RestrictedExpression::new_set(tenants.iter().map(|t| text(t)))));
+    }
+    entity(uid("Operator", &who.name)?, attributes, HashSet::new())
 }
 
 fn host(facts: &HostFacts) -> Result<Entity, Problem> {
     let attributes = vec![
         ("zone", text(&facts.zone)),
+        ("in_zone", RestrictedExpression::new_entity_uid(uid("Zone", &facts.zone)?)),
         ("connected", RestrictedExpression::new_bool(facts.connected)),
         ("quarantined", RestrictedExpression::new_bool(facts.quarantined)),
         ("attested", RestrictedExpression::new_bool(facts.attested)),
@@ -348,14 +481,20 @@ fn host(facts: &HostFacts) -> Result<Entity, Problem> {
     entity(uid("Host", facts.name.as_str())?, attributes, HashSet::new())
 }
 
+/// The label of a VM that says how sensitive it is.
+const SENSITIVITY: &str = "sensitivity";
+
 fn vm_entity(vm: &VmSpec, id: &EntityUid, tenant: EntityUid) -> Result<Entity, Problem> {
     let labels = vm.labels.iter().map(|(k, v)| text(&format!("{k}={v}")));
     let memory = i64::try_from(vm.memory_bytes).map_err(|e| defect("memory_bytes", e))?;
-    let attributes = vec![
+    let mut attributes = vec![
         ("tenant", text(vm.tenant.as_str())),
         ("labels", RestrictedExpression::new_set(labels)),
         ("memory_bytes", RestrictedExpression::new_long(memory)),
     ];
+    if let Some(sensitivity) = vm.labels.get(SENSITIVITY) {
+        attributes.push(("sensitivity", text(sensitivity)));
+    }
     entity(id.clone(), attributes, HashSet::from([tenant]))
 }
 
@@ -365,7 +504,7 @@ mod tests {
     use super::*;
 
     fn who(role: &str) -> Principal {
-        Principal { name: "ann".to_owned(), role: role.to_owned() }
+        Principal { name: "ann".to_owned(), role: role.to_owned(), tenants: Some(vec!["all".to_owned()]) }
     }
 
     fn facts(name: &str) -> HostFacts {
@@ -389,7 +528,8 @@ mod tests {
     fn check(role: &str, change: impl FnOnce(&mut HostFacts), expect: Result<&str, &str>) {
         let mut target = facts("host-b");
         change(&mut target);
-        let decision = Policy::built_in().unwrap().migrate(&who(role), &vm(), &facts("host-a"), &target);
+        let (policy, source) = (Policy::built_in().unwrap(), facts("host-a"));
+        let decision = policy.migrate(&who(role), &vm(), (&source, &target), None);
         match (decision, expect) {
             (Ok(allowed), Ok(by)) => assert_eq!(allowed.by, [by]),
             (Err(problem), Err(part)) => {

@@ -13,6 +13,8 @@ use types::{ErrorCode, Name, Problem};
 /// Ten years: longer is no expiry.
 const DAYS_MAX: u32 = 3_650;
 const DAY_US: i64 = 24 * 3_600 * 1_000_000;
+/// More than these are all.
+const TENANTS_MAX: usize = 1_000;
 /// Enough for every person and program of a fleet.
 const TOKENS_MAX: usize = 10_000;
 
@@ -26,6 +28,12 @@ pub(crate) async fn add(manager: &Manager, caller: &Caller, order: AddToken) -> 
         let detail = format!("expires_in_days is {}, must be 1 to {DAYS_MAX}", order.expires_in_days);
         return Err(Problem::new(ErrorCode::BadRequest, detail));
     }
+    if order.tenants.as_ref().is_some_and(|t| t.len() > TENANTS_MAX) {
+        let detail = format!("a token names {TENANTS_MAX} tenants at most");
+        return Err(Problem::new(ErrorCode::BadRequest, detail).hint("`all` stands for all of them"));
+    }
+    let tenants: Option<Vec<String>> =
+        order.tenants.as_ref().map(|names| names.iter().map(ToString::to_string).collect());
     let token = hex::encode(clock::random::<32>()?);
     let mut tx = manager.begin("add a token").await?;
     let held = tx.api_tokens().await?;
@@ -42,14 +50,17 @@ pub(crate) async fn add(manager: &Manager, caller: &Caller, order: AddToken) -> 
         name: order.name.to_string(),
         role: order.role.to_string(),
         expires_at_us: Some(tx.now_us() + i64::from(order.expires_in_days) * DAY_US),
+        tenants: tenants.clone(),
     };
     tx.put_api_token(&token_hash(&token), &row).await?;
     let token_view = view(row);
-    let detail = json!({ "role": token_view.role, "expires_at": token_view.expires_at });
+    let detail = json!({
+        "role": token_view.role, "expires_at": token_view.expires_at, "tenants": token_view.tenants,
+    });
     tx.audit(&caller.audit_name(), "token.add", order.name.as_str(), detail).await?;
     tx.commit().await?;
-    let who = Principal { name: order.name.to_string(), role: order.role.to_string() };
-    Ok(TokenAdded { may: manager.policy.fleet_actions(&who), token_view, token })
+    let who = Principal { name: order.name.to_string(), role: order.role.to_string(), tenants };
+    Ok(TokenAdded { may: manager.policies.in_force().policy.fleet_actions(&who), token_view, token })
 }
 
 /// Every token, by name.
@@ -90,5 +101,5 @@ fn expect_no_managers_own(name: &Name) -> Result<(), Problem> {
 fn view(token: ApiToken) -> TokenView {
     let expired = token.expires_at_us.is_some_and(|at| at <= clock::now_us());
     let expires_at = token.expires_at_us.map(clock::rfc3339);
-    TokenView { name: token.name, role: token.role, expires_at, expired }
+    TokenView { name: token.name, role: token.role, expires_at, expired, tenants: token.tenants }
 }

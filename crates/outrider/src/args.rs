@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use types::{HostName, Name};
+use types::{HostName, Name, Nonce};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -68,9 +68,12 @@ pub(crate) enum Command {
     /// Set and show what hosts are expected to measure
     #[command(subcommand)]
     Reference(ReferenceCommand),
-    /// Check policies, and test them with a table of expectations
+    /// Check and test policies, put them into force, and see which are
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// Make, list and revoke plans of maintenance
+    #[command(subcommand)]
+    Plan(PlanCommand),
     /// Judge a recorded migration stream as a target would; exit code 1 when it is rejected
     Inspect(Inspect),
     /// Check whether this machine is ready, and say what to do where it is not
@@ -382,6 +385,9 @@ pub(crate) struct Migrate {
     /// Compress the memory on those channels
     #[arg(long, value_name = "METHOD", requires = "channels")]
     pub(crate) compression: Option<Compression>,
+    /// A plan of maintenance that covers the move
+    #[arg(long, value_name = "ID")]
+    pub(crate) plan: Option<Nonce>,
     /// Ask every gate and say what each answers; nothing is moved
     #[arg(long, conflicts_with = "detach")]
     pub(crate) dry_run: bool,
@@ -595,6 +601,9 @@ pub(crate) struct AddToken {
     /// Days until it expires
     #[arg(long, value_name = "N", default_value_t = 90)]
     pub(crate) days: u32,
+    /// A tenant whose VMs it may see and move; `all` for all; may be given several times
+    #[arg(long = "tenant", value_name = "TENANT")]
+    pub(crate) tenants: Vec<Name>,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }
@@ -619,6 +628,70 @@ pub(crate) enum PolicyCommand {
     Check(CheckPolicy),
     /// Ask every case of a table; exit code 1 when one comes out otherwise than expected
     Test(TestPolicy),
+    /// Put a folder of policies into force, or a set that was before
+    Apply(ApplyPolicy),
+    /// Show the set in force
+    Show(ShowPolicy),
+    /// List every set that was applied
+    History(ShowPolicy),
+}
+
+#[derive(Debug, Args)]
+#[group(id = "set", required = true, multiple = false, args = ["folder", "digest"])]
+pub(crate) struct ApplyPolicy {
+    /// Folder of *.cedar files, with zones.toml if wanted
+    #[arg(value_name = "FOLDER")]
+    pub(crate) folder: Option<PathBuf>,
+    /// A set that was in force: its digest, or 8 characters of its beginning
+    #[arg(long, value_name = "DIGEST")]
+    pub(crate) digest: Option<String>,
+    /// Table of expectations that must all hold
+    #[arg(long, value_name = "TABLE", requires = "folder")]
+    pub(crate) expect: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShowPolicy {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PlanCommand {
+    /// Make a plan: VMs of a host may be moved, in a window, where policy would else not permit it
+    Create(CreatePlan),
+    /// List plans
+    List(ShowPolicy),
+    /// Take a plan back: nothing that is decided from then on rests on it
+    Revoke(RevokePlan),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreatePlan {
+    /// The host that VMs are moved from
+    #[arg(long, value_name = "HOST")]
+    pub(crate) host: HostName,
+    /// A host that they may be moved to, several times if wanted [default: any]
+    #[arg(long = "target", value_name = "HOST")]
+    pub(crate) targets: Vec<HostName>,
+    /// A zone that they may be moved to, several times if wanted [default: any]
+    #[arg(long = "zone", value_name = "ZONE")]
+    pub(crate) zones: Vec<String>,
+    /// For how long the plan holds from now on
+    #[arg(long, value_name = "HOURS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=720))]
+    pub(crate) hours: u32,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RevokePlan {
+    /// The plan
+    pub(crate) id: Nonce,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
 }
 
 #[derive(Debug, Args)]

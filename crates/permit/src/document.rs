@@ -17,6 +17,8 @@ pub enum DocumentKind {
     AuditCheckpoint,
     /// An entry of a daemon's journal.
     JournalEntry,
+    /// A plan of maintenance.
+    MaintenancePlan,
 }
 
 impl DocumentKind {
@@ -24,6 +26,7 @@ impl DocumentKind {
         match self {
             Self::AuditCheckpoint => Domain::AuditCheckpoint,
             Self::JournalEntry => Domain::JournalEntry,
+            Self::MaintenancePlan => Domain::MaintenancePlan,
         }
     }
 }

@@ -30,11 +30,13 @@ pub enum Domain {
     AuditCheckpoint,
     /// An entry of a daemon's journal.
     JournalEntry,
+    /// A plan of maintenance.
+    MaintenancePlan,
 }
 
 impl Domain {
     /// Every domain.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Permit,
         Self::Request,
         Self::Frozen,
@@ -47,6 +49,7 @@ impl Domain {
         Self::Thawed,
         Self::AuditCheckpoint,
         Self::JournalEntry,
+        Self::MaintenancePlan,
     ];
 
     /// The text that is signed.
@@ -64,6 +67,7 @@ impl Domain {
             Self::Thawed => "outrider-thawed-v1",
             Self::AuditCheckpoint => "outrider-audit-checkpoint-v1",
             Self::JournalEntry => "outrider-journal-entry-v1",
+            Self::MaintenancePlan => "outrider-maintenance-plan-v1",
         }
     }
 

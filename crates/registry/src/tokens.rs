@@ -38,6 +38,8 @@ pub struct ApiToken {
     pub role: String,
     /// Microseconds since the Unix epoch.
     pub expires_at_us: Option<i64>,
+    /// Tenants that it is for; it may name none.
+    pub tenants: Option<Vec<String>>,
 }
 
 impl ApiToken {
@@ -46,6 +48,9 @@ impl ApiToken {
             name: column(row, "name")?,
             role: column(row, "role")?,
             expires_at_us: column(row, "expires_at_us")?,
+            tenants: column::<Option<String>>(row, "tenants")?
+                .map(|text| serde_json::from_str(&text).map_err(|e| RegistryError::malformed("tenants", e)))
+                .transpose()?,
         })
     }
 }
@@ -122,12 +127,15 @@ impl Tx {
     pub async fn put_api_token(&mut self, hash: &[u8; 32], token: &ApiToken) -> Result<(), RegistryError> {
         let forget = sqlx::query("DELETE FROM api_tokens WHERE name = $1").bind(plain(&token.name));
         self.execute(forget).await?;
-        let query =
-            sqlx::query("INSERT INTO api_tokens (hash, name, role, expires_at_us) VALUES ($1, $2, $3, $4)")
-                .bind(hash.to_vec())
-                .bind(plain(&token.name))
-                .bind(plain(&token.role))
-                .bind(token.expires_at_us);
+        let sql =
+            "INSERT INTO api_tokens (hash, name, role, expires_at_us, tenants) VALUES ($1, $2, $3, $4, $5)";
+        let tenants = token.tenants.as_ref().map(|t| crate::tx::document_text("tenants", t)).transpose()?;
+        let query = sqlx::query(sql)
+            .bind(hash.to_vec())
+            .bind(plain(&token.name))
+            .bind(plain(&token.role))
+            .bind(token.expires_at_us)
+            .bind(tenants);
         self.insert(|| format!("API token {}", token.name), query).await
     }
 

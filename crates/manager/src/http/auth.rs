@@ -4,7 +4,8 @@ use super::problem::Failure;
 use super::{App, CallerAddress};
 use crate::authority::token_hash;
 use crate::clock;
-use crate::policy::{Action, Principal};
+use crate::migration::request::unknown_vm;
+use crate::policy::{Action, Principal, VmAction};
 use axum::extract::{ConnectInfo, FromRequestParts};
 use axum::http::{header, request::Parts};
 use registry::ApiToken;
@@ -12,6 +13,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Mutex;
 use std::time::Duration;
+use types::vm::VmSpec;
 use types::{ErrorCode, Problem};
 
 /// Failures of one address before it has to wait.
@@ -48,7 +50,8 @@ impl Caller {
         loop {
             tokio::time::sleep(REVOCATION_POLL).await;
             match valid(&app, &self.token).await {
-                Ok(Some(held)) if held.role == self.principal.role => {}
+                Ok(Some(held))
+                    if held.role == self.principal.role && held.tenants == self.principal.tenants => {}
                 Ok(_) => return,
                 Err(problem) => tracing::debug!(%problem, "cannot look at a token"),
             }
@@ -60,8 +63,31 @@ impl Caller {
     /// # Errors
     /// `forbidden`, with the reason.
     pub(crate) fn may(&self, app: &App, action: Action) -> Result<(), Failure> {
-        app.manager.policy.fleet(&self.principal, action)?;
+        app.manager.policies.in_force().policy.fleet(&self.principal, action)?;
         Ok(())
+    }
+
+    /// Demands that policy permits an action on a VM. A VM that the caller may not even see is unknown to it.
+    ///
+    /// # Errors
+    /// `unknown-vm`, or `forbidden` with the reason.
+    pub(crate) fn may_with(&self, app: &App, action: VmAction, vm: &VmSpec) -> Result<(), Failure> {
+        let held = app.manager.policies.in_force();
+        if held.policy.on_vm(&self.principal, VmAction::View, vm).is_err() {
+            return Err(unknown_vm(&vm.name).into());
+        }
+        held.policy.on_vm(&self.principal, action, vm)?;
+        Ok(())
+    }
+
+    /// Whether it may see a VM.
+    pub(crate) fn sees(&self, app: &App, vm: &VmSpec) -> bool {
+        app.manager.policies.in_force().policy.on_vm(&self.principal, VmAction::View, vm).is_ok()
+    }
+
+    /// Whether it sees the VMs of some tenants only: what tells of all VMs at once is not for it.
+    pub(crate) fn is_of_some_tenants(&self) -> bool {
+        self.principal.tenants.as_ref().is_some_and(|tenants| !tenants.iter().any(|t| t == "all"))
     }
 }
 
@@ -128,8 +154,13 @@ async fn authenticate(parts: &Parts, app: &App, address: IpAddr) -> Result<Optio
         return Ok(None);
     };
     let token = token_hash(token);
+    let mut tx = app.manager.registry.read("policy in force").await?;
+    // What this request may is asked of the set in force, also where another manager applied it.
+    app.manager.policies.refresh(&mut tx).await?;
+    drop(tx);
     let held = valid(app, &token).await?;
-    Ok(held.map(|t| Caller { principal: Principal { name: t.name, role: t.role }, address, token }))
+    let principal = |t: ApiToken| Principal { name: t.name, role: t.role, tenants: t.tenants };
+    Ok(held.map(|t| Caller { principal: principal(t), address, token }))
 }
 
 /// The token, unless it is unknown, revoked or expired.

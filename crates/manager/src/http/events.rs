@@ -24,6 +24,12 @@ pub(super) async fn all(
     caller: Caller,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Failure> {
     caller.may(&app, Action::View)?;
+    if caller.is_of_some_tenants() {
+        let detail = "this stream tells of all tenants' migrations, and the token is for some tenants";
+        return Err(Problem::new(ErrorCode::Forbidden, detail)
+            .hint("follow one migration: /v1/migrations/{id}/events")
+            .into());
+    }
     let live = live(app.manager.feed.subscribe(), None);
     Ok(serve(&app, caller, live))
 }
@@ -40,7 +46,10 @@ pub(super) async fn of_migration(
     // Subscribed before the past is read: what happens in between is told twice rather than never.
     let receiver = app.manager.feed.subscribe();
     let mut tx = app.manager.registry.read("events").await?;
-    tx.migration(id).await?.ok_or_else(|| handover::unknown(id))?;
+    let row = tx.migration(id).await?.ok_or_else(|| handover::unknown(id))?;
+    if !tx.vm(row.vm).await?.is_some_and(|vm| caller.sees(&app, &vm.spec)) {
+        return Err(handover::unknown(id).into());
+    }
     let past = tx.events(id).await?;
     drop(tx);
     let told = past.into_iter().map(move |row| document(&past_event(id, row)));

@@ -3,7 +3,7 @@
 use super::problem::{Body, Failure};
 use super::{App, Caller};
 use crate::migration::{control, explain, handover, request, view};
-use crate::policy::Action;
+use crate::policy::{Action, VmAction};
 use crate::{clock, hosts, tokens, vms};
 use api::http::{
     AddToken, AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted, StartVm,
@@ -72,7 +72,8 @@ pub(super) async fn hosts(State(app): State<App>, caller: Caller) -> Answer<Vec<
     let mut tx = app.manager.registry.read("list hosts").await?;
     let mut views = Vec::new();
     for row in tx.hosts().await? {
-        views.push(hosts::view(&app.manager, &mut tx, row).await?);
+        let view = hosts::view(&app.manager, &mut tx, row).await?;
+        views.push(with_seen_vms(&app, &caller, &mut tx, view).await?);
     }
     Ok(Json(views))
 }
@@ -86,7 +87,49 @@ pub(super) async fn host(
     let name = parsed(&name, ErrorCode::UnknownHost)?;
     let mut tx = app.manager.registry.read("show a host").await?;
     let row = request::require_host(&mut tx, &name).await?;
-    Ok(Json(hosts::view(&app.manager, &mut tx, row).await?))
+    let view = hosts::view(&app.manager, &mut tx, row).await?;
+    Ok(Json(with_seen_vms(&app, &caller, &mut tx, view).await?))
+}
+
+/// A host without the VMs that the caller does not see.
+async fn with_seen_vms(
+    app: &App,
+    caller: &Caller,
+    tx: &mut registry::Tx,
+    mut view: HostView,
+) -> Result<HostView, Failure> {
+    let placed = tx.vms_on(&view.name).await?;
+    let all = placed.len();
+    let seen = placed.into_iter().filter(|row| caller.sees(app, &row.spec));
+    view.vms = seen.map(|row| row.spec.name).collect();
+    if let Some(load) = view.load.as_mut().filter(|_| view.vms.len() < all || caller.is_of_some_tenants()) {
+        load.running = None;
+    }
+    Ok(view)
+}
+
+/// A VM of this name that policy permits the caller to act on.
+async fn permitted_vm(
+    app: &App,
+    caller: &Caller,
+    name: &types::Name,
+    action: VmAction,
+) -> Result<(), Failure> {
+    let row = app.manager.registry.read("permitted VM").await?.vm_named(name).await?;
+    let row = row.ok_or_else(|| request::unknown_vm(name))?;
+    caller.may_with(app, action, &row.spec)
+}
+
+/// A migration of a VM that policy permits the caller to act on.
+async fn permitted_migration(app: &App, caller: &Caller, id: &str, action: VmAction) -> Result<(), Failure> {
+    let id: MigrationId = parsed(id, ErrorCode::UnknownMigration)?;
+    let mut tx = app.manager.registry.read("permitted migration").await?;
+    let row = tx.migration(id).await?.ok_or_else(|| handover::unknown(id))?;
+    let vm = tx.vm(row.vm).await?.ok_or_else(|| handover::unknown(id))?;
+    if !caller.sees(app, &vm.spec) {
+        return Err(handover::unknown(id).into());
+    }
+    caller.may_with(app, action, &vm.spec)
 }
 
 pub(super) async fn add_host(
@@ -128,7 +171,9 @@ pub(super) async fn vms(State(app): State<App>, caller: Caller) -> Answer<Vec<Vm
     let mut tx = app.manager.registry.read("list VMs").await?;
     let mut views = Vec::new();
     for row in tx.vms().await? {
-        views.push(vms::view(&mut tx, row).await?);
+        if caller.sees(&app, &row.spec) {
+            views.push(vms::view(&mut tx, row).await?);
+        }
     }
     Ok(Json(views))
 }
@@ -138,6 +183,7 @@ pub(super) async fn vm(State(app): State<App>, caller: Caller, Path(name): Path<
     let name = parsed(&name, ErrorCode::UnknownVm)?;
     let mut tx = app.manager.registry.read("show a VM").await?;
     let row = tx.vm_named(&name).await?.ok_or_else(|| request::unknown_vm(&name))?;
+    caller.may_with(&app, VmAction::View, &row.spec)?;
     Ok(Json(vms::view(&mut tx, row).await?))
 }
 
@@ -148,6 +194,7 @@ pub(super) async fn inspect_vm(
 ) -> Answer<VmInspection> {
     caller.may(&app, Action::View)?;
     let name = parsed(&name, ErrorCode::UnknownVm)?;
+    permitted_vm(&app, &caller, &name, VmAction::View).await?;
     Ok(Json(vms::inspect(&app.manager, &name).await?))
 }
 
@@ -157,6 +204,8 @@ pub(super) async fn define_vm(
     Body(spec): Body<VmSpec>,
 ) -> Result<(StatusCode, Json<VmView>), Failure> {
     caller.may(&app, Action::DefineVm)?;
+    // Of a tenant that the caller does not see it would be unknown to its maker.
+    app.manager.policies.in_force().policy.on_vm(&caller.principal, VmAction::Use, &spec)?;
     Ok((StatusCode::CREATED, Json(vms::define(&app.manager, &caller, spec).await?)))
 }
 
@@ -168,6 +217,7 @@ pub(super) async fn start_vm(
 ) -> Answer<VmView> {
     caller.may(&app, Action::StartVm)?;
     let name = parsed(&name, ErrorCode::UnknownVm)?;
+    permitted_vm(&app, &caller, &name, VmAction::Use).await?;
     Ok(Json(vms::start(&app.manager, &caller, &name, &order.host).await?))
 }
 
@@ -178,6 +228,7 @@ pub(super) async fn stop_vm(
 ) -> Answer<VmView> {
     caller.may(&app, Action::StopVm)?;
     let name = parsed(&name, ErrorCode::UnknownVm)?;
+    permitted_vm(&app, &caller, &name, VmAction::Use).await?;
     Ok(Json(vms::stop(&app.manager, &caller, &name).await?))
 }
 
@@ -204,6 +255,9 @@ pub(super) async fn migrations(State(app): State<App>, caller: Caller) -> Answer
     let mut tx = app.manager.registry.read("list migrations").await?;
     let mut views = Vec::new();
     for row in tx.migrations(LIST_LIMIT).await? {
+        if !tx.vm(row.vm).await?.is_some_and(|vm| caller.sees(&app, &vm.spec)) {
+            continue;
+        }
         views.push(view::view(&app.manager, &mut tx, &row).await?);
     }
     Ok(Json(views))
@@ -215,6 +269,7 @@ pub(super) async fn migration(
     Path(id): Path<String>,
 ) -> Answer<MigrationView> {
     caller.may(&app, Action::View)?;
+    permitted_migration(&app, &caller, &id, VmAction::View).await?;
     shown(&app, &id).await
 }
 
@@ -227,6 +282,7 @@ async fn shown(app: &App, id: &str) -> Answer<MigrationView> {
 
 async fn ordered(app: App, caller: Caller, id: String, order: control::Order) -> Answer<MigrationView> {
     caller.may(&app, Action::ControlMigration)?;
+    permitted_migration(&app, &caller, &id, VmAction::Use).await?;
     let parsed_id = parsed(&id, ErrorCode::UnknownMigration)?;
     control::order(&app.manager, &caller, parsed_id, order).await?;
     shown(&app, &id).await

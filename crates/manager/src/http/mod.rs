@@ -4,6 +4,7 @@ mod auth;
 mod events;
 mod handlers;
 mod platforms;
+mod policies;
 mod problem;
 
 pub(crate) use auth::{Caller, Doorkeeper};
@@ -61,6 +62,11 @@ pub(crate) fn router(manager: Arc<Manager>) -> Router {
         .route("/v1/references/{kind}/{name}/remove", post(platforms::remove))
         .route("/v1/tokens", get(handlers::tokens).post(handlers::add_token))
         .route("/v1/tokens/{name}/revoke", post(handlers::revoke_token))
+        .route("/v1/policy", get(policies::show).post(policies::apply))
+        .route("/v1/policy/rollback", post(policies::roll_back))
+        .route("/v1/policy/history", get(policies::history))
+        .route("/v1/plans", get(policies::plans).post(policies::add_plan))
+        .route("/v1/plans/{id}/revoke", post(policies::revoke_plan))
         .route("/v1/vms", get(handlers::vms).post(handlers::define_vm))
         .route("/v1/vms/{name}", get(handlers::vm))
         .route("/v1/vms/{name}/inspection", get(handlers::inspect_vm))

@@ -9,6 +9,7 @@ use crate::core::Manager;
 use crate::http::Caller;
 use crate::migration::gates::{self, Grounds};
 use crate::migration::{Facts, compatibility, request};
+use crate::policy::plans;
 use crate::vms;
 use api::http::{Explanation, Gate, GateOutcome, Migrate};
 use attest::Purpose;
@@ -49,14 +50,16 @@ pub(crate) async fn explain(
         (features, text)
     }))?;
     let mut tx = manager.registry.read("explain a migration").await?;
+    request::seen(manager, &mut tx, caller, &order.vm).await?;
     let placed = request::gates(manager, &mut tx, order).await;
     let placed = asked.gate(placed.map(|(vm, source, target)| {
         let text = format!("the VM runs on {source}, both hosts are connected, no migration of it is open");
         ((vm, source, target), text)
     }))?;
     let Some((vm, source, target)) = placed else { return Ok(asked.finish(order, None)) };
-    let row = request::intent(caller, &vm, (source, target), features.unwrap_or_default())?;
+    let row = request::intent(caller, &vm, (source, target), features.unwrap_or_default(), order.plan)?;
     let grounds = Grounds::read(&mut tx, &row).await?;
+    manager.policies.refresh(&mut tx).await?;
     drop(tx);
     asked.of_hosts(manager, &row, &grounds).await?;
     Ok(asked.finish(order, Some(row.source)))
@@ -94,8 +97,7 @@ impl Asked {
         for host in [&grounds.source, &grounds.target] {
             self.gate(platform(manager, host).await)?;
         }
-        let by = gates::authorise(manager, &Facts::of(row)?, grounds);
-        self.gate(by.map(|by| ((), format!("permitted by {}", by.join(", ")))))?;
+        self.gate(permitted(manager, &Facts::of(row)?, grounds).await.map(|text| ((), text)))?;
         self.gate(devices(manager, row).await)?;
         self.gate(compatibility::check(manager, grounds).await.map(|text| ((), text)))?;
         let measured = match manager.fleet.require(&row.target) {
@@ -138,6 +140,17 @@ async fn platform(manager: &Manager, host: &HostRow) -> Result<((), String), Pro
         Some(_) => ((), format!("{name}: its TPM proves the state that is expected")),
         None => ((), format!("{name}: unattested, its record names no TPM")),
     })
+}
+
+/// Which policies permit it, and under which plan.
+async fn permitted(manager: &Manager, facts: &Facts, grounds: &Grounds) -> Result<String, Problem> {
+    let mut tx = manager.registry.read("explain policy").await?;
+    let plan = plans::covering(manager, &mut tx, facts, grounds).await?;
+    drop(tx);
+    let held = manager.policies.in_force();
+    let by = gates::authorise(manager, &held.policy, facts, grounds, plan.as_ref())?;
+    let under = plan.map_or_else(String::new, |plan| format!(", under plan {}", plan.id));
+    Ok(format!("permitted by {}{under}", by.join(", ")))
 }
 
 async fn devices(manager: &Arc<Manager>, row: &MigrationRow) -> Result<((), &'static str), Problem> {

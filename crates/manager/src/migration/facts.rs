@@ -2,10 +2,10 @@
 
 use registry::{MigrationRow, RegistryError};
 use serde::{Deserialize, Serialize};
-use types::Problem;
 use types::handover::AbortReason;
 use types::migration::{ChannelView, DigestsView, Finding, StageView};
 use types::permit::StreamFeatures;
+use types::{Nonce, Problem};
 
 /// Findings that are kept of one migration: the first ones tell the story.
 const FINDINGS_LIMIT: usize = 64;
@@ -19,6 +19,10 @@ pub(crate) struct Facts {
     pub(crate) principal: String,
     /// Role of the operator, for policy.
     pub(crate) role: String,
+    /// Tenants of the operator's token, for policy.
+    pub(crate) tenants: Option<Vec<String>>,
+    /// A plan of maintenance that the request names.
+    pub(crate) plan: Option<Nonce>,
     /// What the stream is to use.
     pub(crate) features: StreamFeatures,
     /// The intent was answered by the source's signed request.

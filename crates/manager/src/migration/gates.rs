@@ -11,7 +11,7 @@ use crate::config::Demanded;
 use crate::core::Manager;
 use crate::fleet::Session;
 use crate::migration::{Facts, compatibility, permit, probe, request};
-use crate::policy::{HostFacts, Principal};
+use crate::policy::{HostFacts, PlanFacts, Policy, Principal, plans};
 use api::fleet::{QueryLoad, SpawnAgent, reply, to_host};
 use engine::admission::{self, Demand, HeadRoom, Placed, Promised};
 use registry::{Enrolment, HostRow, Location, MigrationRow, Tx, VmRow};
@@ -113,11 +113,15 @@ impl Grounds {
 pub(crate) async fn decide(manager: &Arc<Manager>, row: &MigrationRow) -> Result<(), Problem> {
     manager.must_remember()?;
     let facts = Facts::of(row)?;
-    let grounds = Grounds::read(&mut manager.registry.read("grounds of a decision").await?, row).await?;
+    let mut tx = manager.registry.read("grounds of a decision").await?;
+    let grounds = Grounds::read(&mut tx, row).await?;
+    let policies = manager.policies.refresh(&mut tx).await?;
+    let plan = plans::covering(manager, &mut tx, &facts, &grounds).await?;
+    drop(tx);
     grounds.location()?;
     let source = live(manager, &grounds.source)?;
     let target = live(manager, &grounds.target)?;
-    let by = authorise(manager, &facts, &grounds)?;
+    let by = authorise(manager, &policies.policy, &facts, &grounds, plan.as_ref())?;
     compatibility::check(manager, &grounds).await?;
     let load = trusted(manager, &grounds, &target).await?;
     let promised = promised_on(&mut manager.registry.read("promised").await?, row, load.asked_us).await?;
@@ -133,7 +137,7 @@ pub(crate) async fn decide(manager: &Arc<Manager>, row: &MigrationRow) -> Result
     // Looked at again: the hosts may have gone, or come back as others, while the agents were spawned.
     live(manager, &grounds.source)?;
     live(manager, &grounds.target)?;
-    grant(manager, row, &load, &by, [source_key, target_key], &proofs).await
+    grant(manager, row, &load, (policies.sequence, &by), [source_key, target_key], &proofs).await
 }
 
 /// A load, and when it was asked for (microseconds since the Unix epoch): it shows nothing that came later.
@@ -223,8 +227,15 @@ pub(crate) fn matches_record(
     Ok(())
 }
 
-pub(crate) fn authorise(manager: &Manager, facts: &Facts, grounds: &Grounds) -> Result<Vec<String>, Problem> {
-    let who = Principal { name: facts.principal.clone(), role: facts.role.clone() };
+pub(crate) fn authorise(
+    manager: &Manager,
+    policy: &Policy,
+    facts: &Facts,
+    grounds: &Grounds,
+    plan: Option<&PlanFacts>,
+) -> Result<Vec<String>, Problem> {
+    let who =
+        Principal { name: facts.principal.clone(), role: facts.role.clone(), tenants: facts.tenants.clone() };
     let host = |row: &HostRow| HostFacts {
         name: row.name().clone(),
         zone: row.spec.zone.clone(),
@@ -234,7 +245,7 @@ pub(crate) fn authorise(manager: &Manager, facts: &Facts, grounds: &Grounds) -> 
         attested: row.spec.tpm.is_some(),
     };
     let (source, target) = (host(&grounds.source), host(&grounds.target));
-    Ok(manager.policy.migrate(&who, &grounds.vm.spec, &source, &target)?.by)
+    Ok(policy.migrate(&who, &grounds.vm.spec, (&source, &target), plan)?.by)
 }
 
 pub(crate) async fn measured(target: &Session) -> Result<Load, Problem> {
@@ -320,7 +331,7 @@ async fn grant(
     manager: &Arc<Manager>,
     row: &MigrationRow,
     measured: &Measured,
-    by: &[String],
+    (policy_sequence, by): (u64, &[String]),
     agents: [Vec<u8>; 2],
     proofs: &[Option<Proof>; 2],
 ) -> Result<(), Problem> {
@@ -333,6 +344,7 @@ async fn grant(
         return Err(Problem::new(ErrorCode::WrongState, format!("migration {} is {}", row.id, row.state)));
     }
     let grounds = Grounds::read(&mut tx, &row).await?;
+    still_permitted(manager, &mut tx, &row, &grounds, policy_sequence).await?;
     let at = grounds.location()?;
     let load = &measured.load;
     admit(manager, &grounds, promised_on(&mut tx, &row, measured.asked_us).await?, load)?;
@@ -360,7 +372,7 @@ async fn grant(
     let detail = json!({
         "migration": row.id, "vm": row.vm_name, "source": row.source, "target": row.target,
         "epochs": [source_epoch, target_epoch], "nonce": claims.nonce, "spec_digest": claims.spec_digest,
-        "policies": by, "requested_by": row.requested_by,
+        "policies": by, "policy_sequence": policy_sequence, "plan": facts.plan, "requested_by": row.requested_by,
         "attestation": { "source": source_quote, "target": target_quote },
         "features": claims.features,
         "load": { "memory_available_bytes": load.memory_available_bytes, "scope": load.scope },
@@ -369,6 +381,24 @@ async fn grant(
     tx.commit().await?;
     debug_assert!(source_epoch > Epoch(0), "epoch 0 is the one of VMs that were never placed");
     Ok(())
+}
+
+/// The policy set is the one that permitted it, and the plan that it rests on still holds. A decision under another set
+/// is made anew.
+async fn still_permitted(
+    manager: &Manager,
+    tx: &mut Tx,
+    row: &MigrationRow,
+    grounds: &Grounds,
+    policy_sequence: u64,
+) -> Result<(), Problem> {
+    let now = tx.policy_sequence().await?;
+    // 0: none was ever applied, and the one of the configuration does not change while the manager runs.
+    if now != policy_sequence {
+        let detail = format!("policy set {now} came into force while set {policy_sequence} was asked");
+        return Err(Problem::new(ErrorCode::WrongState, detail));
+    }
+    plans::covering(manager, tx, &Facts::of(row)?, grounds).await.map(|_| ())
 }
 
 fn part(host: &HostRow, agent_spki: Vec<u8>, quote: Option<Digest>) -> Result<HostPart, Problem> {

@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::core::Manager;
 use crate::http::Caller;
 use crate::migration::Facts;
+use crate::policy::VmAction;
 use api::http::Migrate;
 use registry::{Enrolment, HostRow, MigrationRow, RegistryError, Tx, VmRow};
 use serde_json::json;
@@ -37,9 +38,10 @@ pub(crate) async fn accept(
     if !tx.use_nonce(request.nonce, &caller.principal.name).await? {
         return Err(replayed(request.nonce));
     }
+    seen(manager, &mut tx, caller, &request.vm).await?;
     let gates = gates(manager, &mut tx, request).await;
     let row = match gates {
-        Ok((vm, source, target)) => intent(caller, &vm, (source, target), features)?,
+        Ok((vm, source, target)) => intent(caller, &vm, (source, target), features, request.plan)?,
         Err(problem) => {
             // The nonce stays used: a request that was refused is no more to be replayed than one that was not.
             record_refusal(&mut tx, caller, request, features, &problem).await?;
@@ -50,13 +52,29 @@ pub(crate) async fn accept(
         }
     };
     tx.add_migration(&row).await.map_err(|e| in_flight(e, &row))?;
-    let detail = json!({ "migration": row.id, "source": row.source, "target": row.target });
+    let detail =
+        json!({ "migration": row.id, "source": row.source, "target": row.target, "plan": request.plan });
     tx.audit(&caller.audit_name(), "migration.request", row.vm_name.as_str(), detail).await?;
     let lease = manager.leases.take_new(&mut tx, row.id).await?;
     tx.commit().await?;
     manager.leases.keep(lease);
     manager.wake(row.id);
     Ok(row.id)
+}
+
+/// A VM that policy does not let the caller see is unknown to it, and nothing is kept of the request.
+///
+/// # Errors
+/// `unknown-vm`.
+pub(crate) async fn seen(
+    manager: &Manager,
+    tx: &mut Tx,
+    caller: &Caller,
+    name: &types::Name,
+) -> Result<(), Problem> {
+    let Some(vm) = tx.vm_named(name).await? else { return Ok(()) };
+    let held = manager.policies.in_force();
+    held.policy.on_vm(&caller.principal, VmAction::View, &vm.spec).map(|_| ()).map_err(|_| unknown_vm(name))
 }
 
 /// Whether a time stamp is good.
@@ -188,7 +206,7 @@ async fn record_refusal(
 ) -> Result<(), Problem> {
     let Some(vm) = tx.vm_named(&request.vm).await? else { return Ok(()) };
     let (Some(source), Some(_)) = (vm.host.clone(), tx.host(&request.target).await?) else { return Ok(()) };
-    let mut row = intent(caller, &vm, (source, request.target.clone()), features)?;
+    let mut row = intent(caller, &vm, (source, request.target.clone()), features, request.plan)?;
     let mut facts = Facts::of(&row)?;
     facts.blame(problem.clone());
     row.facts = facts.text();
@@ -201,11 +219,14 @@ pub(crate) fn intent(
     vm: &VmRow,
     (source, target): (HostName, HostName),
     features: StreamFeatures,
+    plan: Option<Nonce>,
 ) -> Result<MigrationRow, Problem> {
     let facts = Facts {
         features,
+        plan,
         principal: caller.principal.name.clone(),
         role: caller.principal.role.clone(),
+        tenants: caller.principal.tenants.clone(),
         ..Facts::default()
     };
     Ok(MigrationRow {
@@ -239,6 +260,7 @@ mod tests {
             source: None,
             channels,
             compression: compression.map(str::to_owned),
+            plan: None,
             nonce: Nonce::from_bytes([1; 16]),
             timestamp_unix_ms: 0,
         };

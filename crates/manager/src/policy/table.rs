@@ -1,7 +1,8 @@
 //! A table of expectations about policies: who may do what, decided without a manager. It asks the same code as the
 //! manager does, with hosts and VMs that the table describes.
 
-use super::{Action, HostFacts, Policy, Principal, Verdict};
+use super::zones::{Zone, Zones};
+use super::{Action, HostFacts, PlanFacts, Policy, Principal, Verdict, VmAction};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -84,6 +85,9 @@ pub struct Table {
     /// VMs by name.
     #[serde(default)]
     vms: BTreeMap<Name, TableVm>,
+    /// Zones by name, instead of those of the set.
+    #[serde(default)]
+    zones: BTreeMap<String, Zone>,
     #[serde(default, rename = "case")]
     cases: Vec<Case>,
 }
@@ -126,6 +130,10 @@ struct Case {
     /// Who asks; `somebody` when absent.
     principal: Option<String>,
     role: String,
+    /// Tenants of the token.
+    tenants: Option<Vec<String>>,
+    /// Id of a plan of maintenance that covers the move.
+    plan: Option<String>,
     action: String,
     vm: Option<Name>,
     source: Option<HostName>,
@@ -148,12 +156,21 @@ pub fn check(folder: Option<&Path>) -> Result<Vec<PolicyView>, Problem> {
 /// # Errors
 /// `bad-configuration` for policies that can't be used, `bad-request` for a case that asks nothing.
 pub fn test(folder: Option<&Path>, table: &Table) -> Result<TableReport, Problem> {
-    let policy = load(folder)?;
+    run(&load(folder)?, table)
+}
+
+/// The same of a loaded set.
+pub(crate) fn run(policy: &Policy, table: &Table) -> Result<TableReport, Problem> {
     if table.cases.is_empty() || table.cases.len() > CASES_MAX {
         let text = format!("a table has 1 to {CASES_MAX} [[case]]s, this one has {}", table.cases.len());
         return Err(Problem::new(ErrorCode::BadRequest, text));
     }
-    let cases = table.cases.iter().enumerate().map(|(n, case)| asked(&policy, table, n, case));
+    let instead = match Zones::new(table.zones.clone()) {
+        zones if zones.is_empty() => None,
+        zones => Some(policy.with_zones(zones)?),
+    };
+    let policy = instead.as_ref().unwrap_or(policy);
+    let cases = table.cases.iter().enumerate().map(|(n, case)| asked(policy, table, n, case));
     let cases = cases.collect::<Result<Vec<_>, _>>()?;
     let failed = cases.iter().filter(|case| !case.passed).count();
     Ok(TableReport { policies: policy.list().len(), cases, failed })
@@ -169,7 +186,11 @@ fn asked(policy: &Policy, table: &Table, n: usize, case: &Case) -> Result<CaseRe
     let who = Principal {
         name: case.principal.clone().unwrap_or_else(|| "somebody".to_owned()),
         role: case.role.clone(),
+        tenants: case.tenants.clone(),
     };
+    if case.plan.is_some() && case.action != MOVE {
+        return Err(bad(format!("a plan covers moves, not {}", case.action)));
+    }
     let mut question = format!("{} ({}): {}", who.name, who.role, case.action);
     let verdict = if case.action == MOVE {
         let (Some(vm), Some(source), Some(target)) = (&case.vm, &case.source, &case.target) else {
@@ -177,10 +198,22 @@ fn asked(policy: &Policy, table: &Table, n: usize, case: &Case) -> Result<CaseRe
         };
         question.push_str(&format!(" {vm} from {source} to {target}"));
         let facts = |host: &HostName| table.facts(host).map_err(&bad);
-        policy.verdict_of_move(&who, &table.vm(vm).map_err(&bad)?, &facts(source)?, &facts(target)?)?
+        let plan = case.plan.clone().map(|id| PlanFacts { id, created_by: "somebody".to_owned() });
+        let hosts = (&facts(source)?, &facts(target)?);
+        policy.verdict_of_move(&who, &table.vm(vm).map_err(&bad)?, hosts, plan.as_ref())?
+    } else if let Some(action) = VmAction::named(&case.action) {
+        let (Some(vm), None, None) = (&case.vm, &case.source, &case.target) else {
+            return Err(bad(format!("a case of {:?} needs a vm, and no hosts", case.action)));
+        };
+        question.push_str(&format!(" {vm}"));
+        policy.verdict_of_vm(&who, action, &table.vm(vm).map_err(&bad)?)?
     } else {
         let action = Action::named(&case.action).ok_or_else(|| {
-            bad(format!("no action is named {:?}; there are {MOVE}, {}", case.action, Action::names()))
+            bad(format!(
+                "no action is named {:?}; there are {MOVE}, view-vm, use-vm, {}",
+                case.action,
+                Action::names()
+            ))
         })?;
         if case.vm.is_some() || case.source.is_some() || case.target.is_some() {
             return Err(bad(format!("{} is asked of the fleet: without vm, source and target", case.action)));
@@ -248,7 +281,7 @@ mod tests {
 
     fn of_move(role: &str, target: &str, rest: &str) -> CaseReport {
         let asked = "action = 'migrate'\nvm = 'web'\nsource = 'a'";
-        one(&format!("role = '{role}'\n{asked}\ntarget = '{target}'\n{rest}"))
+        one(&format!("role = '{role}'\ntenants = ['all']\n{asked}\ntarget = '{target}'\n{rest}"))
     }
 
     #[test]
@@ -309,6 +342,47 @@ mod tests {
         let report = test(None, &toml::from_str(table).unwrap()).unwrap();
         let failed: Vec<_> = report.cases.iter().filter(|case| !case.passed).collect();
         assert!(failed.is_empty() && report.cases.len() >= 9, "{failed:?}");
+    }
+
+    #[test]
+    fn tenants_sensitivity_and_plans_decide_by_name() {
+        let world = "[hosts.a]\nzone = 'x'\n[hosts.b]\nzone = 'x'\n[hosts.c]\nzone = 'y'\n[hosts.d]\nzone = 'z'\n\
+            [zones.x]\nallowed_sensitivity = ['public']\n[zones.z]\ntenants = ['bank']\nallowed_sensitivity = ['public']\n\
+            [vms.web]\ntenant = 'shop'\n[vms.ledger]\ntenant = 'shop'\nlabels = { sensitivity = 'secret' }\n\
+            [vms.site]\ntenant = 'shop'\nlabels = { sensitivity = 'public' }\n";
+        let check = |case: &str, expect: Expect, by: &str| {
+            let text = format!("{world}[[case]]\n{case}\nexpect = 'allow'\n");
+            let report = test(None, &toml::from_str(&text).unwrap()).unwrap().cases.remove(0);
+            assert_eq!(
+                (report.found, report.by.join(" ")),
+                (expect, by.to_owned()),
+                "{case}: {:?}",
+                report.reason
+            );
+        };
+        let of = |who: &str, vm: &str, target: &str| {
+            format!("{who}\naction = 'migrate'\nvm = '{vm}'\nsource = 'a'\ntarget = '{target}'")
+        };
+        let shop = "role = 'operator'\ntenants = ['shop']";
+        let (allowed, tenants) = ("migrate-for-operators", "tokens-are-for-their-tenants");
+        check(&of(shop, "web", "b"), Expect::Allow, allowed);
+        check(&of("role = 'operator'\ntenants = ['bank']", "web", "b"), Expect::Deny, tenants);
+        check(&of("role = 'admin'\ntenants = ['bank']", "web", "b"), Expect::Deny, tenants);
+        check(&of("role = 'operator'\ntenants = []", "web", "b"), Expect::Deny, tenants);
+        check(&of("role = 'operator'", "web", "b"), Expect::Deny, "tokens-name-their-tenants");
+        check(&of("role = 'admin'", "web", "b"), Expect::Allow, allowed);
+        check(&of(shop, "site", "b"), Expect::Allow, allowed);
+        check(&of(shop, "ledger", "b"), Expect::Deny, "sensitive-vms-go-where-they-are-allowed");
+        let unsaid = "sensitive-vms-need-a-zone-that-says-what-it-allows";
+        check(&of("role = 'admin'", "site", "c"), Expect::Deny, unsaid);
+        check(&of("role = 'admin'", "web", "d"), Expect::Deny, "zones-are-for-their-tenants");
+        check(&of(shop, "web", "c"), Expect::Deny, "zones-are-left-by-admins-only");
+        check(&format!("plan = 'p1'\n{}", of(shop, "web", "c")), Expect::Allow, allowed);
+        check(&format!("{shop}\naction = 'view-vm'\nvm = 'web'"), Expect::Allow, "view-for-everyone");
+        check("role = 'viewer'\ntenants = ['bank']\naction = 'view-vm'\nvm = 'web'", Expect::Deny, tenants);
+        check(&format!("{shop}\naction = 'use-vm'\nvm = 'web'"), Expect::Allow, "operate-for-operators");
+        let audit = "role = 'auditor'\ntenants = ['shop']\naction = 'audit'";
+        check(audit, Expect::Deny, "the-audit-log-is-of-all-tenants");
     }
 
     #[test]

@@ -193,8 +193,7 @@ async fn a_migration_is_explained_gate_by_gate_and_nothing_is_done() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_are_shown_once_open_what_their_role_may_and_are_revoked() {
     let world = World::new();
-    let add =
-        |name: &str, role: &str, days: u32| json!({ "name": name, "role": role, "expires_in_days": days });
+    let add = |name: &str, role: &str, days: u32| json!({ "name": name, "role": role, "expires_in_days": days, "tenants": ["all"] });
     let made = world.ok("/v1/tokens", &add("ann", "operator", 30)).await;
     let token = made["token"].as_str().unwrap().to_owned();
     assert_eq!(made["may"], json!(["define-vm", "start-vm", "stop-vm", "control-migration", "view"]));

@@ -9,6 +9,7 @@ mod fake_tpm;
 mod http;
 mod joining;
 mod migrating;
+mod policies;
 #[path = "../../../registry/tests/support/postgres.rs"]
 mod postgres;
 mod restarting;

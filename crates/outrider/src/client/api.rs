@@ -2,15 +2,15 @@
 
 use super::{Client, ClientError, EventStream, INSPECT_LIMIT, REQUEST_LIMIT, VM_LIMIT};
 use api::http::{
-    AddToken, AllowValue, AttestationView, AuditEntry, AuditVerified, Explanation, HostAdded, HostView,
-    Migrate, MigrateAccepted, RecordReference, ReferenceView, StartVm, TokenAdded, TokenView, VmInspection,
-    VmView,
+    AddPlan, AddToken, AllowValue, AttestationView, AuditEntry, AuditVerified, Explanation, HostAdded,
+    HostView, Migrate, MigrateAccepted, PlanView, PolicyContent, PolicyRollback, PolicySetView,
+    RecordReference, ReferenceView, StartVm, TokenAdded, TokenView, VmInspection, VmView,
 };
 use std::collections::VecDeque;
 use types::host::HostSpec;
 use types::migration::MigrationView;
 use types::vm::VmSpec;
-use types::{HostName, MigrationId, Name, Side};
+use types::{HostName, MigrationId, Name, Nonce, Side};
 
 /// Audit entries asked for at a time.
 const AUDIT_PAGE: usize = 5_000;
@@ -138,6 +138,41 @@ impl Client {
     /// Has every gate asked, without moving anything.
     pub(crate) async fn explain(&self, intent: &Migrate) -> Result<Explanation, ClientError> {
         self.post("/v1/migrations/explain", intent, INSPECT_LIMIT).await
+    }
+
+    /// Puts a policy set into force.
+    pub(crate) async fn apply_policy(&self, content: &PolicyContent) -> Result<PolicySetView, ClientError> {
+        self.post("/v1/policy", content, REQUEST_LIMIT).await
+    }
+
+    /// Puts a set into force that was before.
+    pub(crate) async fn roll_back_policy(&self, digest: String) -> Result<PolicySetView, ClientError> {
+        self.post("/v1/policy/rollback", &PolicyRollback { digest }, REQUEST_LIMIT).await
+    }
+
+    /// The policy set in force.
+    pub(crate) async fn policy(&self) -> Result<PolicySetView, ClientError> {
+        self.get("/v1/policy").await
+    }
+
+    /// Every set that was applied, newest first.
+    pub(crate) async fn policy_history(&self) -> Result<Vec<PolicySetView>, ClientError> {
+        self.get("/v1/policy/history").await
+    }
+
+    /// Makes a plan of maintenance.
+    pub(crate) async fn add_plan(&self, order: &AddPlan) -> Result<PlanView, ClientError> {
+        self.post("/v1/plans", order, REQUEST_LIMIT).await
+    }
+
+    /// The latest plans, newest first.
+    pub(crate) async fn plans(&self) -> Result<Vec<PlanView>, ClientError> {
+        self.get("/v1/plans").await
+    }
+
+    /// Takes a plan back.
+    pub(crate) async fn revoke_plan(&self, id: Nonce) -> Result<PlanView, ClientError> {
+        self.post_empty(&format!("/v1/plans/{id}/revoke"), REQUEST_LIMIT).await
     }
 
     /// Makes a token.

@@ -72,6 +72,7 @@ fn intent(args: &Migrate) -> Result<Intent, crate::error::Error> {
         source: args.from.clone(),
         channels: args.channels,
         compression: args.compression.map(|method| method.name().to_owned()),
+        plan: args.plan,
         nonce: Nonce::from_bytes(nonce),
         timestamp_unix_ms: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
     })

@@ -5,12 +5,13 @@ mod daemon;
 mod host;
 mod migrate;
 mod migration;
+mod plan;
 mod policy;
 mod reference;
 mod token;
 mod vm;
 
-use crate::args::{Cli, Command, HostCommand, ManagerCommand};
+use crate::args::{Cli, Command, HostCommand, ManagerCommand, PolicyCommand};
 use crate::doctor;
 use crate::error::{Error, InputError};
 use clap::CommandFactory;
@@ -46,7 +47,10 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Audit(command) => ask(audit::run(command, format)),
         Command::Token(command) => ask(token::run(command, format)),
         Command::Reference(command) => ask(reference::run(command, format)),
-        Command::Policy(command) => policy::run(&command, format),
+        Command::Policy(PolicyCommand::Check(args)) => policy::check(&args, format),
+        Command::Policy(PolicyCommand::Test(args)) => policy::test(&args, format),
+        Command::Policy(command) => ask(policy::run(command, format)),
+        Command::Plan(command) => ask(plan::run(command, format)),
         Command::Inspect(args) => crate::inspect::run(&args, format),
         Command::Doctor(args) => ask(doctor::run(args, format)),
         Command::Completions { shell } => {

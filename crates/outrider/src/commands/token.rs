@@ -9,7 +9,8 @@ use api::http::{AddToken, TokenAdded};
 pub(super) async fn run(command: TokenCommand, format: Format) -> Outcome {
     match command {
         TokenCommand::Add(args) => {
-            let order = AddToken { name: args.name, role: args.role, expires_in_days: args.days };
+            let tenants = (!args.tenants.is_empty()).then_some(args.tenants);
+            let order = AddToken { name: args.name, role: args.role, expires_in_days: args.days, tenants };
             let added = Client::new(&args.connection)?.add_token(&order).await?;
             output::print(format, &added, |added, _| added_text(added));
         }

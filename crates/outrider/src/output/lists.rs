@@ -180,9 +180,15 @@ pub(crate) fn tokens(tokens: &[TokenView], width: usize) -> String {
             (Some(at), false) => to_seconds(at),
             (None, _) => "a manager's own".to_owned(),
         };
-        vec![t.name.clone(), t.role.clone(), until]
+        let tenants = t.tenants.as_ref().map_or_else(|| "-".to_owned(), |names| names.join(", "));
+        vec![t.name.clone(), t.role.clone(), tenants, until]
     };
-    columns(&["TOKEN", "ROLE", "UNTIL"], tokens.iter().map(row).collect(), width, "there are no tokens")
+    columns(
+        &["TOKEN", "ROLE", "TENANTS", "UNTIL"],
+        tokens.iter().map(row).collect(),
+        width,
+        "there are no tokens",
+    )
 }
 
 /// Audit entries.

@@ -1,6 +1,8 @@
 //! Policies, and what a table of expectations came to.
 
 use super::layout::columns;
+use super::text::clean;
+use api::http::{PlanView, PolicyItem, PolicySetView};
 use manager::policy_table::{CaseReport, PolicyView, TableReport};
 
 /// The policies of a set.
@@ -10,6 +12,39 @@ pub(crate) fn list(policies: &[PolicyView], width: usize) -> String {
     };
     let table = columns(&["POLICY", "EFFECT", "REASON"], policies.iter().map(row).collect(), width, "none");
     format!("{table}\n{} policies, all valid; what none permits is denied\n", policies.len())
+}
+
+/// A set in force: which it is, then its policies.
+pub(crate) fn set(set: &PolicySetView, width: usize) -> String {
+    let row = |p: &PolicyItem| {
+        vec![p.id.clone(), p.effect.clone(), p.reason.clone().unwrap_or_else(|| "-".to_owned())]
+    };
+    let table =
+        columns(&["POLICY", "EFFECT", "REASON"], set.policies.iter().map(row).collect(), width, "none");
+    let since = set.applied_at.as_deref().map_or_else(String::new, |at| format!(" at {}", clean(at)));
+    format!("Set {} ({}), by {}{since}\n\n{table}", set.sequence, clean(&set.digest), clean(&set.applied_by))
+}
+
+/// Every set that was applied, newest first.
+pub(crate) fn history(sets: &[PolicySetView], width: usize) -> String {
+    let row = |s: &PolicySetView| {
+        let digest = s.digest.chars().take(16).collect();
+        vec![s.sequence.to_string(), digest, s.applied_at.clone().unwrap_or_default(), s.applied_by.clone()]
+    };
+    let empty = "no set was ever applied: the manager's configuration is in force";
+    columns(&["SET", "DIGEST", "SINCE", "BY"], sets.iter().map(row).collect(), width, empty)
+}
+
+/// Plans of maintenance.
+pub(crate) fn plans(plans: &[PlanView], width: usize) -> String {
+    let any = |names: Vec<String>| if names.is_empty() { "any".to_owned() } else { names.join(", ") };
+    let row = |p: &PlanView| {
+        let targets = any(p.targets.iter().map(ToString::to_string).collect());
+        let until = p.not_after.clone().unwrap_or_else(|| "-".to_owned());
+        vec![p.id.clone(), p.state.clone(), p.host.to_string(), targets, any(p.zones.clone()), until]
+    };
+    let headings = ["PLAN", "STATE", "FROM", "TO", "ZONES", "UNTIL"];
+    columns(&headings, plans.iter().map(row).collect(), width, "there are no plans")
 }
 
 /// What every case came to, and then the failed ones in words.
