@@ -20,7 +20,9 @@ mod evidence;
 mod hosts;
 mod managers;
 mod migrations;
+mod standing;
 mod tokens;
+mod tree;
 mod tx;
 mod vms;
 
@@ -31,7 +33,9 @@ pub use evidence::{EventRow, PermitRow, ReservationTotals, StatementRow};
 pub use hosts::{Enrolment, HostRow};
 pub use managers::{Acquired, Holder, Lease, MAX_LEASE_US, ManagerRow};
 pub use migrations::MigrationRow;
+pub use standing::{LogRow, ManagerKey, Standing};
 pub use tokens::{ApiToken, JoinTokenRow, TokenUse};
+pub use tree::AuditTip;
 pub use tx::Tx;
 pub use vms::{Location, VmRow};
 
@@ -70,7 +74,26 @@ impl Registry {
     /// PostgreSQL server whose commits are not durable (`fsync=off`).
     pub async fn open(database: &Database) -> Result<Self, RegistryError> {
         let (pool, backend) = backend::open(database).await?;
-        Ok(Self { pool, backend, writer: Arc::new(Mutex::new(())) })
+        let registry = Self { pool, backend, writer: Arc::new(Mutex::new(())) };
+        registry.grow_tree().await?;
+        Ok(registry)
+    }
+
+    /// Hashes the entries that an older version wrote into the tree, a few at a time: others may write in between.
+    async fn grow_tree(&self) -> Result<(), RegistryError> {
+        loop {
+            // Most often there is nothing to do, which a look tells.
+            let end = self.read("audit tree").await?.audit_end().await?;
+            if end.tree.is_none_or(|tree| tree.size() >= end.head.seq) {
+                return Ok(());
+            }
+            let mut tx = self.begin("audit tree", 0).await?;
+            let more = tx.grow_tree().await?;
+            tx.commit().await?;
+            if !more {
+                return Ok(());
+            }
+        }
     }
 
     /// Begins a writing transaction. Dropping it rolls it back.

@@ -16,3 +16,4 @@ mod schema;
 #[path = "../../../engine/tests/support/skip.rs"]
 mod skip;
 mod tls;
+mod tree;
