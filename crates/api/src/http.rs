@@ -220,6 +220,57 @@ pub struct AuditVerified {
     pub detail: Option<String>,
 }
 
+/// `POST /v1/audit/reconcile`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reconcile {
+    /// Hosts that are dead and stay so, by the operator's word.
+    #[serde(default)]
+    pub lost: Vec<HostName>,
+    /// Whether it is to be done; without, it is only said what would be.
+    #[serde(default)]
+    pub accept: bool,
+}
+
+/// The answer: how a registry that was set back stands, and what follows from what the hosts hold.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Reconciliation {
+    /// `restored` or `distrusted`.
+    pub standing: String,
+    /// Why.
+    pub why: String,
+    /// RFC 3339.
+    pub since: String,
+    /// Whether it was done: the registry decides again.
+    pub accepted: bool,
+    /// How often a loss was accepted.
+    pub generation: u64,
+    /// Every host that ever joined.
+    pub hosts: Vec<ReconciledHost>,
+    /// What becomes of each VM.
+    pub vms: Vec<ReconciledVm>,
+    /// What a person must settle first.
+    pub blocking: Vec<String>,
+}
+
+/// One host of a reconciliation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReconciledHost {
+    /// Its name.
+    pub name: HostName,
+    /// `told`, `missing` or `lost`.
+    pub state: String,
+}
+
+/// One VM of a reconciliation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReconciledVm {
+    /// Its name, or its UUID where nobody knows that.
+    pub name: String,
+    /// In words.
+    pub outcome: String,
+}
+
 /// One audit entry as `GET /v1/audit` shows it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct AuditEntry {

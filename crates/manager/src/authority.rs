@@ -5,6 +5,7 @@ use crate::config::Config;
 use base64_pem::blocks;
 use link::ca::{Ca, Subject, write_private};
 use link::identity::{IdentityKey, LiveIdentity, TlsIdentity, TrustDomain};
+use permit::checkpoint::Checkpoint;
 use permit::{PermitToken, SigningKey};
 use registry::Database;
 use std::fs::{File, OpenOptions, Permissions};
@@ -162,6 +163,15 @@ impl Authority {
     pub(crate) fn issue(&self, claims: &PermitClaims) -> Result<PermitToken, Problem> {
         permit::issue(&self.permit_key, &self.key_id, claims)
             .map_err(|e| Problem::new(ErrorCode::Internal, format!("the permit cannot be signed: {e}")))
+    }
+
+    /// Signs a checkpoint of the audit log.
+    ///
+    /// # Errors
+    /// `internal`: it is too long to be one.
+    pub(crate) fn sign_checkpoint(&self, checkpoint: &Checkpoint) -> Result<Vec<u8>, Problem> {
+        permit::checkpoint::sign(&self.permit_key, checkpoint)
+            .map_err(|e| Problem::new(ErrorCode::Internal, format!("the checkpoint cannot be signed: {e}")))
     }
 
     /// Certifies a host whose right to it was checked.

@@ -20,6 +20,7 @@ mod evidence;
 mod hosts;
 mod managers;
 mod migrations;
+mod reconcile;
 mod standing;
 mod tokens;
 mod tree;

@@ -6,6 +6,7 @@
 use crate::error::RegistryError;
 use crate::tx::{Tx, column, parsed, plain, signed, unsigned};
 use serde::{Deserialize, Serialize};
+use sqlx::any::AnyRow;
 use types::Nonce;
 
 /// Whether the registry is known to hold everything that it ever said.
@@ -48,6 +49,16 @@ pub struct ManagerKey {
     pub manager: String,
     /// Raw Ed25519.
     pub public_key: Vec<u8>,
+}
+
+impl ManagerKey {
+    fn read(row: &AnyRow) -> Result<Self, RegistryError> {
+        Ok(Self {
+            key_id: column(row, "key_id")?,
+            manager: column(row, "manager")?,
+            public_key: column(row, "public_key")?,
+        })
+    }
 }
 
 impl Tx {
@@ -108,17 +119,21 @@ impl Tx {
         Ok(self.execute(query).await? == 1)
     }
 
+    /// Every key.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn manager_keys(&mut self) -> Result<Vec<ManagerKey>, RegistryError> {
+        let query = sqlx::query("SELECT * FROM manager_keys ORDER BY first_seen_us, key_id");
+        self.all(query).await?.iter().map(ManagerKey::read).collect()
+    }
+
     /// The key of this id.
     ///
     /// # Errors
     /// Those of the database.
     pub async fn manager_key(&mut self, key_id: &str) -> Result<Option<ManagerKey>, RegistryError> {
         let query = sqlx::query("SELECT * FROM manager_keys WHERE key_id = $1").bind(plain(key_id));
-        let Some(row) = self.optional(query).await? else { return Ok(None) };
-        Ok(Some(ManagerKey {
-            key_id: column(&row, "key_id")?,
-            manager: column(&row, "manager")?,
-            public_key: column(&row, "public_key")?,
-        }))
+        self.optional(query).await?.as_ref().map(ManagerKey::read).transpose()
     }
 }

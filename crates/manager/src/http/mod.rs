@@ -62,6 +62,7 @@ pub(crate) fn router(manager: Arc<Manager>) -> Router {
         .route("/v1/events", get(events::all))
         .route("/v1/audit", get(handlers::audit))
         .route("/v1/audit/verify", get(handlers::verify_audit))
+        .route("/v1/audit/reconcile", post(handlers::reconcile))
         .fallback(handlers::not_found)
         .method_not_allowed_fallback(handlers::method_not_allowed)
         .layer(DefaultBodyLimit::max(BODY_LIMIT_BYTES))

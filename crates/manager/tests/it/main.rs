@@ -8,6 +8,7 @@ mod joining;
 mod migrating;
 #[path = "../../../registry/tests/support/postgres.rs"]
 mod postgres;
+mod reconciling;
 mod restarting;
 mod sharing;
 #[path = "../../../engine/tests/support/skip.rs"]

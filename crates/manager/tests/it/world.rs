@@ -29,6 +29,8 @@ pub(crate) struct Physical {
     /// Migrations whose stream is out.
     pub(crate) streamed: BTreeSet<types::MigrationId>,
     pub(crate) most: usize,
+    /// Specs of the VMs that were started, as hosts remember them.
+    pub(crate) specs: BTreeMap<VmId, String>,
 }
 
 impl Physical {

@@ -138,9 +138,9 @@ proptest! {
         index in any::<u64>(), size in any::<u64>(), old in any::<u64>(),
         path in prop::collection::vec(any::<[u8; 32]>().prop_map(TreeHash), 0..70), bytes in prop::collection::vec(any::<u8>(), 0..200),
     ) {
-        let _ = includes(leaf(b""), index, size, &path, empty_root());
-        let _ = extends((old, empty_root()), (size, leaf(b"")), &path);
-        let _ = Frontier::from_bytes(size, &bytes);
+        prop_assert!(!includes(leaf(b""), index, size, &path, empty_root()));
+        prop_assert!(old == 0 || !extends((old, empty_root()), (size, leaf(b"")), &path));
+        prop_assert!(Frontier::from_bytes(size, &bytes).is_none_or(|f| f.to_bytes() == bytes));
     }
 }
 
