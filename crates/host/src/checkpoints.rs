@@ -258,7 +258,7 @@ mod tests {
                 at_us: 0,
             };
             fleet::Checkpoint {
-                token: permit::checkpoint::sign(&self.key, &checkpoint).unwrap(),
+                token: checkpoint::sign(&self.key, &checkpoint).unwrap(),
                 from_size: from,
                 extension: proof.map(|hash| hash.0.to_vec()).collect(),
             }

@@ -108,15 +108,7 @@ pub(crate) async fn open(manager: &Manager) -> Result<LogRow, Problem> {
     let row = match tx.audit_log().await? {
         Some(row) => row,
         None => {
-            let row = LogRow {
-                log: Nonce::from_bytes(clock::random()?),
-                generation: 0,
-                standing: Standing::Trusted,
-                why: String::new(),
-                since_us: tx.now_us(),
-                first_bad: None,
-                accepted_at_us: 0,
-            };
+            let row = LogRow::new(Nonce::from_bytes(clock::random()?), tx.now_us());
             tx.put_audit_log(&row).await?;
             row
         }

@@ -14,6 +14,7 @@
 
 mod audit;
 mod backend;
+mod backup;
 mod database;
 mod error;
 mod evidence;
@@ -28,6 +29,7 @@ mod tx;
 mod vms;
 
 pub use audit::{AuditRecord, AuditVerdict, NotNext, audit_start};
+pub use backup::{BackupError, BackupHeader, back_up, restore};
 pub use database::{Database, DatabaseError, Server};
 pub use error::RegistryError;
 pub use evidence::{EventRow, PermitRow, ReservationTotals, StatementRow};
@@ -78,6 +80,18 @@ impl Registry {
         let registry = Self { pool, backend, writer: Arc::new(Mutex::new(())) };
         registry.grow_tree().await?;
         Ok(registry)
+    }
+
+    /// As it is: with the schema that it has, and nothing written.
+    async fn open_as_it_is(database: &Database) -> Result<Self, RegistryError> {
+        let (pool, backend) = backend::open_as_it_is(database).await?;
+        Ok(Self { pool, backend, writer: Arc::new(Mutex::new(())) })
+    }
+
+    /// With these versions of the schema, and no later one.
+    async fn open_up_to(database: &Database, versions: &[i64]) -> Result<Self, RegistryError> {
+        let (pool, backend) = backend::open_up_to(database, versions).await?;
+        Ok(Self { pool, backend, writer: Arc::new(Mutex::new(())) })
     }
 
     /// Hashes the entries that an older version wrote into the tree, a few at a time: others may write in between.

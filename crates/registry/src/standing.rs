@@ -40,6 +40,16 @@ pub struct LogRow {
     pub accepted_at_us: i64,
 }
 
+impl LogRow {
+    /// Of a log that begins.
+    #[must_use]
+    pub const fn new(log: Nonce, now_us: i64) -> Self {
+        let standing = Standing::Trusted;
+        let why = String::new();
+        Self { log, generation: 0, standing, why, since_us: now_us, first_bad: None, accepted_at_us: 0 }
+    }
+}
+
 /// A manager's key as the registry knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ManagerKey {

@@ -5,9 +5,11 @@ use crate::fake_host::FakeHost;
 use crate::postgres::Cluster;
 use crate::skip;
 use crate::world::{Answer, World, intent, nonce, now_ms, vm_spec};
+use outrider_manager::{Config, backup};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
+use types::ErrorCode;
 
 /// A registry that can be put back to how it was, by hand: without anybody being told.
 enum Store {
@@ -421,5 +423,97 @@ async fn a_vm_of_a_lost_host_can_be_started_elsewhere() {
     assert_eq!(done.body["accepted"], true, "{}", done.body);
     let view = world.ok("/v1/vms/vm/start", &json!({ "host": "host-b" })).await;
     assert_eq!(view["state"], "running");
+    world.check_settled(vm, "host-b").await;
+}
+
+/// The commands: a backup while the manager runs, a restore while it does not, and everything in between.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restored_backup_decides_nothing_until_it_is_reconciled() {
+    Store::both(async |store, world| {
+        let (_a, _b) = (world.host("host-a").await, world.host("host-b").await);
+        let vm = world.vm("vm", 1, "host-a").await;
+        let (config, file) = (world.config(), world.state().join("backup.outrider"));
+        let made = backup::back_up(&config, &file).await.unwrap();
+        assert!(made.bytes > 1_000 && made.header.audit_entries > 5, "{made:?}");
+        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&file).unwrap().permissions());
+        assert_eq!(mode & 0o777, 0o600);
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(!text.contains(&world.token()) && !text.contains("PRIVATE"), "no secrets");
+        assert_eq!(backup::back_up(&config, &file).await.unwrap_err().code, ErrorCode::AlreadyExists);
+        let m = world.migrate("vm", "host-b").await;
+        assert_eq!(world.ended(&m).await["state"], "completed");
+        world.until("the VM settles", async || world.physical.lock().unwrap().on(vm) == ["host-b"]).await;
+
+        let refused = backup::restore(&config, &file).await.unwrap_err();
+        assert_eq!(refused.code, ErrorCode::WrongState, "{refused}");
+        tokio::task::block_in_place(|| world.end().unwrap());
+        if let Store::Postgres(cluster) = store {
+            let refused = backup::restore(&config, &file).await.unwrap_err();
+            assert!(refused.detail.contains("not empty"), "{refused}");
+            cluster.sql("postgres", "ALTER DATABASE registry RENAME TO before");
+            cluster.sql("postgres", "CREATE DATABASE registry");
+        }
+        let damaged = world.state().join("damaged");
+        std::fs::write(&damaged, text.replacen("host-a", "host-x", 1)).unwrap();
+        assert_eq!(backup::restore(&config, &damaged).await.unwrap_err().code, ErrorCode::BadRequest);
+        let restored = backup::restore(&config, &file).await.unwrap();
+        assert_eq!(restored.header, made.header);
+        if let Store::Sqlite = store {
+            assert!(restored.kept.unwrap().exists());
+            let leftovers = std::fs::read_dir(world.state()).unwrap().filter(|entry| {
+                let name = entry.as_ref().unwrap().file_name().into_string().unwrap();
+                name.contains(".restoring") || name.contains(".part")
+            });
+            assert_eq!(leftovers.count(), 0);
+        }
+        // Not even a manager without a memory of its own decides.
+        forget_anchor(&world);
+        tokio::task::block_in_place(|| world.start());
+        connected(&world, &["host-a", "host-b"]).await;
+        let answer = decides(&world).await;
+        assert_eq!(answer.code(), "audit-broken", "{}", answer.body);
+        assert!(
+            answer.body["detail"].as_str().unwrap().contains("restored from a backup"),
+            "{}",
+            answer.body
+        );
+        assert_eq!(world.post("/v1/migrations", &intent("vm", "host-b")).await.code(), "audit-broken");
+        assert_eq!(world.physical.lock().unwrap().on(vm), ["host-b"], "what runs is left alone");
+
+        let done = reconcile(&world, &[], true).await;
+        assert_eq!(done.body["accepted"], true, "{}", done.body);
+        assert_eq!(world.get("/v1/vms/vm").await["host"], "host-b");
+        let m = world.migrate("vm", "host-a").await;
+        assert_eq!(world.ended(&m).await["state"], "completed");
+        world.until("the VM settles", async || world.physical.lock().unwrap().on(vm) == ["host-a"]).await;
+        world.check_settled(vm, "host-a").await;
+    })
+    .await;
+}
+
+/// From a file to a server, and no VM notices.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_moves_a_registry_from_sqlite_to_postgresql() {
+    let cluster = match Cluster::start() {
+        Ok(cluster) => cluster,
+        Err(why) => return skip::skip(&why),
+    };
+    cluster.sql("postgres", "CREATE DATABASE registry");
+    let world = World::new();
+    let (_a, _b) = (world.host("host-a").await, world.host("host-b").await);
+    let vm = world.vm("vm", 1, "host-a").await;
+    tokio::task::block_in_place(|| world.end().unwrap());
+    let (old, file) = (world.config(), world.state().join("moving"));
+    let made = backup::back_up(&old, &file).await.unwrap();
+    let config = Config { registry: Some(cluster.url("registry").parse().unwrap()), ..old };
+    assert_eq!(backup::restore(&config, &file).await.unwrap().header, made.header);
+    world.share(&cluster.url("registry"));
+    tokio::task::block_in_place(|| world.start());
+    connected(&world, &["host-a", "host-b"]).await;
+    let done = reconcile(&world, &[], true).await;
+    assert_eq!(done.body["accepted"], true, "{}", done.body);
+    let m = world.migrate("vm", "host-b").await;
+    assert_eq!(world.ended(&m).await["state"], "completed");
+    world.until("the VM settles", async || world.physical.lock().unwrap().on(vm) == ["host-b"]).await;
     world.check_settled(vm, "host-b").await;
 }

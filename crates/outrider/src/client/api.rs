@@ -2,8 +2,8 @@
 
 use super::{Client, ClientError, EventStream, INSPECT_LIMIT, REQUEST_LIMIT, VM_LIMIT};
 use api::http::{
-    AddToken, AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted, StartVm,
-    TokenAdded, TokenView, VmInspection, VmView,
+    AddToken, AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted,
+    Reconcile, Reconciliation, StartVm, TokenAdded, TokenView, VmInspection, VmView,
 };
 use std::collections::VecDeque;
 use types::host::HostSpec;
@@ -136,6 +136,11 @@ impl Client {
     /// Verifies the audit log.
     pub(crate) async fn verify_audit(&self) -> Result<AuditVerified, ClientError> {
         self.get("/v1/audit/verify").await
+    }
+
+    /// Says what a reconciliation would do, or does it. Every host is asked.
+    pub(crate) async fn reconcile(&self, order: &Reconcile) -> Result<Reconciliation, ClientError> {
+        self.post("/v1/audit/reconcile", order, INSPECT_LIMIT).await
     }
 
     /// The last `limit` entries of the audit log, oldest first. The log is read page by page, and only as much is

@@ -1,11 +1,11 @@
 //! `audit verify`, `audit list`, `audit export`.
 
 use super::{DONE, NEGATIVE, Outcome};
-use crate::args::{AuditCommand, ExportAudit, Format, ListAudit, VerifyAudit};
+use crate::args::{AuditCommand, ExportAudit, Format, ListAudit, ReconcileAudit, VerifyAudit};
 use crate::client::{Client, ClientError, next_page};
 use crate::error::{Error, InputError};
-use crate::output::{self, lists};
-use api::http::AuditEntry;
+use crate::output::{self, lists, reconciliation};
+use api::http::{AuditEntry, Reconcile};
 use std::fs::File;
 use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ pub(super) async fn run(command: AuditCommand, format: Format) -> Outcome {
         AuditCommand::Verify(args) => verify(args, format).await,
         AuditCommand::List(args) => list(args, format).await,
         AuditCommand::Export(args) => export(args).await,
+        AuditCommand::Reconcile(args) => reconcile(args, format).await,
     }
 }
 
@@ -35,6 +36,13 @@ async fn list(args: ListAudit, format: Format) -> Outcome {
     let entries = Client::new(&args.connection)?.audit(args.limit).await?;
     output::print(format, &entries, |entries, width| lists::audit(entries, width));
     Ok(DONE)
+}
+
+async fn reconcile(args: ReconcileAudit, format: Format) -> Outcome {
+    let order = Reconcile { lost: args.lost, accept: args.accept };
+    let answer = Client::new(&args.connection)?.reconcile(&order).await?;
+    output::print(format, &answer, reconciliation::show);
+    Ok(if answer.accepted || answer.blocking.is_empty() { DONE } else { NEGATIVE })
 }
 
 /// One entry a line, whatever the format asked for.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod audit;
+mod backup;
 mod cuts;
 mod faults;
 mod full_disk;
