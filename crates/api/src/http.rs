@@ -220,6 +220,82 @@ pub struct AuditVerified {
     pub detail: Option<String>,
 }
 
+/// `GET /v1/migrations/{id}/bundle`: everything about one migration that can be verified without the manager. Written in
+/// canonical JSON (RFC 8785); signed things and hashes in hexadecimal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bundle {
+    /// Version of the format.
+    pub outrider_bundle: u32,
+    /// The migration.
+    pub migration: MigrationId,
+    /// Raw Ed25519 keys of the managers that signed checkpoint and permit.
+    pub keys: Vec<String>,
+    /// Certificate of the first key by the CA, PEM; none in this version.
+    pub certificate: Option<String>,
+    /// Signed checkpoint of the audit log.
+    pub checkpoint: String,
+    /// The permit's token, where one was signed.
+    pub permit: Option<String>,
+    /// Signed statements of both daemons: request, votes, receipts, renunciation.
+    pub statements: Vec<String>,
+    /// What both hosts proved of themselves.
+    pub attestation: BundleAttestation,
+    /// The log's entries about the migration, oldest first.
+    pub entries: Vec<BundleEntry>,
+}
+
+/// The place of quotes and appraisals.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BundleAttestation {
+    /// `unattested`.
+    pub state: String,
+}
+
+/// An entry of the audit log with its place in it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BundleEntry {
+    /// Number, from 1.
+    pub sequence: u64,
+    /// Microseconds since the Unix epoch.
+    pub at_us: i64,
+    /// Who.
+    pub actor: String,
+    /// What.
+    pub action: String,
+    /// On what.
+    pub subject: String,
+    /// Details.
+    pub detail: serde_json::Value,
+    /// RFC 9162 inclusion proof.
+    pub proof: Vec<String>,
+}
+
+/// What verifying a bundle found.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct BundleVerified {
+    /// Whether everything in it holds.
+    pub verified: bool,
+    /// The first thing that does not.
+    pub first_wrong: Option<String>,
+    /// Its migration.
+    pub migration: Option<MigrationId>,
+    /// The managers' keys that it rests on.
+    pub keys: Vec<String>,
+    /// Whether the reader named the keys that count. If not, compare them with those that the hosts have.
+    pub trusted: bool,
+    /// Entries of the log that it shows.
+    pub entries: u64,
+    /// Statements that it shows.
+    pub statements: u64,
+    /// The log of its checkpoint.
+    pub log: Option<Nonce>,
+    /// How many entries that log had.
+    pub log_entries: u64,
+}
+
 /// `POST /v1/audit/reconcile`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

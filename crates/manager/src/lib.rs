@@ -19,6 +19,7 @@ mod anchor;
 pub mod audit_file;
 mod authority;
 pub mod backup;
+pub mod bundle;
 mod checkpoints;
 mod clock;
 mod config;

@@ -525,8 +525,24 @@ pub(crate) enum AuditCommand {
     List(ListAudit),
     /// Write the whole log as JSON lines, oldest first; `audit verify --file` checks such a file without a manager
     Export(ExportAudit),
+    /// Write everything about one migration that can be verified offline: `audit verify --bundle` does
+    Bundle(BundleAudit),
     /// Let a registry that was set back decide again, once every host has said what it holds
     Reconcile(ReconcileAudit),
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "ID may be shortened to a unique prefix. A VM's name means its open migration, or its last."
+)]
+pub(crate) struct BundleAudit {
+    /// The migration
+    pub(crate) id: String,
+    /// Write to this file, which must not exist yet [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
 }
 
 const RECONCILE: &str = "\
@@ -608,6 +624,13 @@ pub(crate) struct VerifyAudit {
     /// A log that was exported, instead of the manager's
     #[arg(long, value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
+    /// A bundle of one migration, instead of a log; no manager is asked
+    #[arg(long, value_name = "FILE", conflicts_with = "file")]
+    pub(crate) bundle: Option<PathBuf>,
+    /// A manager's permit key that counts, raw Ed25519 in hexadecimal, as in a host's identity/host.json; give one per
+    /// manager [default: any, and the verdict names it]
+    #[arg(long, value_name = "KEY", requires = "bundle")]
+    pub(crate) key: Vec<String>,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }

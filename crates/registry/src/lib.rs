@@ -13,6 +13,7 @@
 //! Architecture invariant: no decisions here. Rows go in and out; who may do what is decided by the manager.
 
 mod audit;
+mod audit_of;
 mod backend;
 mod backup;
 mod database;

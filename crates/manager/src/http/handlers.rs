@@ -4,7 +4,7 @@ use super::problem::{Body, Failure};
 use super::{App, Caller};
 use crate::migration::{control, explain, handover, request, view};
 use crate::policy::Action;
-use crate::{clock, hosts, restored, tokens, vms};
+use crate::{bundle, clock, hosts, restored, tokens, vms};
 use api::http::{
     AddToken, AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted,
     Reconcile, Reconciliation, StartVm, TokenAdded, TokenView, VmInspection, VmView,
@@ -340,6 +340,16 @@ pub(super) async fn verify_audit(State(app): State<App>, caller: Caller) -> Answ
             detail: Some(detail),
         },
     }))
+}
+
+pub(super) async fn bundle(
+    State(app): State<App>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<Response, Failure> {
+    caller.may(&app, Action::Audit)?;
+    let made = bundle::make(&app.manager, parsed(&id, ErrorCode::UnknownMigration)?).await?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], bundle::to_text(&made)?).into_response())
 }
 
 /// Break-glass, like `resolve`: for whoever may vouch for machines.

@@ -58,6 +58,7 @@ pub(crate) fn router(manager: Arc<Manager>) -> Router {
         .route("/v1/migrations/{id}/resume", post(handlers::resume))
         .route("/v1/migrations/{id}/terminate", post(handlers::terminate))
         .route("/v1/migrations/{id}/resolve", post(handlers::resolve))
+        .route("/v1/migrations/{id}/bundle", get(handlers::bundle))
         .route("/v1/migrations/{id}/events", get(events::of_migration))
         .route("/v1/events", get(events::all))
         .route("/v1/audit", get(handlers::audit))

@@ -2,6 +2,7 @@
 //! without hypervisors).
 #![allow(clippy::unwrap_used)]
 
+mod bundling;
 mod fake_host;
 mod http;
 mod joining;

@@ -2,7 +2,7 @@
 
 use super::{Client, ClientError, EventStream, INSPECT_LIMIT, REQUEST_LIMIT, VM_LIMIT};
 use api::http::{
-    AddToken, AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted,
+    AddToken, AuditEntry, AuditVerified, Bundle, Explanation, HostAdded, HostView, Migrate, MigrateAccepted,
     Reconcile, Reconciliation, StartVm, TokenAdded, TokenView, VmInspection, VmView,
 };
 use std::collections::VecDeque;
@@ -136,6 +136,11 @@ impl Client {
     /// Verifies the audit log.
     pub(crate) async fn verify_audit(&self) -> Result<AuditVerified, ClientError> {
         self.get("/v1/audit/verify").await
+    }
+
+    /// Everything about one migration that can be verified offline.
+    pub(crate) async fn bundle(&self, id: MigrationId) -> Result<Bundle, ClientError> {
+        self.get(&format!("/v1/migrations/{id}/bundle")).await
     }
 
     /// Says what a reconciliation would do, or does it. Every host is asked.
