@@ -26,7 +26,7 @@ pub(crate) struct Signed {
 /// `audit-broken`: it may have lost entries, or its tree does not stand. Signing it would vouch for a fork.
 pub(crate) async fn sign(manager: &Manager, tx: &mut Tx) -> Result<Signed, Problem> {
     manager.must_remember()?;
-    crate::standing::must_be_trusted(tx).await?;
+    crate::trust::must_be_trusted(tx).await?;
     let (row, tip) = (tx.audit_log().await?, tx.audit_tip().await?);
     let (Some(row), Some(tip)) = (row, tip) else {
         let detail = "the audit log's tree does not match its chain, so nothing can be signed of it";

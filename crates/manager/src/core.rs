@@ -9,7 +9,7 @@ use crate::fleet::Fleet;
 use crate::http::Doorkeeper;
 use crate::leases::Leases;
 use crate::policy::Policy;
-use crate::standing::{self, Trust};
+use crate::trust::{self, Trust};
 use registry::{Registry, RegistryError, Tx};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -55,7 +55,7 @@ impl Manager {
     /// # Errors
     /// `audit-broken`.
     pub(crate) fn must_remember(&self) -> Result<(), Problem> {
-        self.forgetful.get().map_or(Ok(()), |why| Err(standing::doubtful(&why)))
+        self.forgetful.get().map_or(Ok(()), |why| Err(trust::doubtful(&why)))
     }
 
     /// Begins a writing transaction now.

@@ -8,7 +8,7 @@
 //! | `http` | operators: HTTPS, JSON, events |
 //! | `fleet` | hosts: join, attach, sessions |
 //! | `hosts`, `vms`, `tokens` | records |
-//! | `checkpoints`, `standing`, `restored` | what is signed of the audit log; whether the registry may be decided by; and how it may again |
+//! | `checkpoints`, `trust`, `restored` | what is signed of the audit log; whether the registry may be decided by; and how it may again |
 //! | `leases` | which of several managers works on which migration |
 //! | `migration` | from request to report; one reconciler per open migration |
 //!
@@ -32,8 +32,8 @@ mod leases;
 mod migration;
 mod policy;
 mod restored;
-mod standing;
 mod tokens;
+mod trust;
 mod vms;
 
 pub use config::{Budgets, Config};
@@ -140,7 +140,7 @@ pub async fn run_with(
         leases,
         door: http::Doorkeeper::default(),
         anchor: Anchor::open(&state),
-        forgetful: standing::Trust::default(),
+        forgetful: trust::Trust::default(),
         started_us: clock::now_us(),
         advertised,
         shutdown: CancellationToken::new(),
@@ -187,7 +187,7 @@ async fn admit_admin(registry: &Registry, config: &Config, token: &str) -> Resul
 
 /// Looks at the audit log, then wakes every open migration: each goes on from its row.
 async fn recovered(manager: &Arc<Manager>) -> Result<(), Problem> {
-    let standing = standing::open(manager).await?;
+    let standing = trust::open(manager).await?;
     let mut tx = manager.registry.read("recover").await?;
     let verdict = tx.verify_audit(manager.anchor.of_generation(standing.generation)).await?;
     drop(tx);
@@ -309,7 +309,7 @@ async fn set_back(manager: &Manager) {
 async fn note_anchor(manager: &Manager) {
     // What proves that the registry was set back must not be overtaken by what is appended to it since.
     if manager.forgetful.get().is_some() {
-        return standing::look_again(manager).await;
+        return trust::look_again(manager).await;
     }
     let looked = async {
         let mut tx = manager.registry.read("anchor").await?;

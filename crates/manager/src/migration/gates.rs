@@ -240,7 +240,7 @@ async fn grant(
     agents: [Vec<u8>; 2],
 ) -> Result<(), Problem> {
     let mut tx = manager.begin("grant a permit").await?;
-    crate::standing::must_be_trusted(&mut tx).await?;
+    crate::trust::must_be_trusted(&mut tx).await?;
     let mut row = tx
         .migration(row.id)
         .await?

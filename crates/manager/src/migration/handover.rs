@@ -54,7 +54,7 @@ pub(crate) async fn distrust(manager: &Manager, why: &str, first_bad: Option<u64
         distrusted.push(row.id);
     }
     let detail = json!({ "why": why, "migrations": distrusted });
-    crate::standing::mark(&mut tx, why, first_bad).await?;
+    crate::trust::mark(&mut tx, why, first_bad).await?;
     tx.audit(&manager.actor(), "registry.distrust", manager.config.name.as_str(), detail).await?;
     Ok(tx.commit().await?)
 }

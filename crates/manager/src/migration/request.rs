@@ -35,7 +35,7 @@ pub(crate) async fn accept(
     let features = features(&manager.config, request)?;
     manager.must_remember()?;
     let mut tx = manager.begin("request a migration").await?;
-    crate::standing::must_be_trusted(&mut tx).await?;
+    crate::trust::must_be_trusted(&mut tx).await?;
     if !tx.use_nonce(request.nonce, &caller.principal.name).await? {
         return Err(replayed(request.nonce));
     }

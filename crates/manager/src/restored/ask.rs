@@ -107,7 +107,7 @@ async fn permitted(manager: &Manager, token: &[u8]) -> Result<Option<(PermitClai
     let mut keys = permit::KeyRing::new();
     let (own_id, own_key) = manager.authority.permit_key();
     let known = tx.manager_keys().await?.into_iter().map(|key| (key.key_id, key.public_key));
-    for (id, key) in known.chain([(own_id, own_key)]) {
+    for (id, key) in [(own_id, own_key)].into_iter().chain(known) {
         let taken = VerifyingKey::from_bytes(&key).is_ok_and(|key| keys.insert(&id, key));
         if !taken {
             tracing::warn!(key_id = id, "a manager's key is not usable");

@@ -9,13 +9,13 @@ use crate::checkpoints;
 use crate::core::Manager;
 use crate::http::Caller;
 use crate::migration::{Facts, handover};
-use crate::standing;
+use crate::trust;
 use api::http::{Reconcile, ReconciledHost, ReconciledVm, Reconciliation};
 use ask::Heard;
 use engine::handover::decider::{Continuity, HandoverRow, Open, RowState};
 use permit::checkpoint::Checkpoint;
 use plan::{Known, Plan, Report, Step};
-use registry::{Enrolment, Location, LogRow, MigrationRow, Standing, Tx};
+use registry::{AuditVerdict, Enrolment, Location, LogRow, MigrationRow, Standing, Tx};
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -42,6 +42,13 @@ pub(crate) async fn reconcile(
         Problem::new(ErrorCode::WrongState, "the registry is trusted; there is nothing to reconcile")
     })?;
     let hosts = expected(&mut tx).await?;
+    // Entries that were lost can be accepted; entries that were changed stay changed.
+    let damage = match tx.verify_audit(None).await? {
+        AuditVerdict::Whole { .. } => None,
+        AuditVerdict::Broken { first_bad, detail, .. } => Some(format!(
+            "the audit log itself is damaged at entry {first_bad} ({detail}): restore a backup from before that"
+        )),
+    };
     let moving: BTreeSet<VmId> = tx.open_migrations().await?.into_iter().map(|row| row.vm).collect();
     drop(tx);
     let lost = lost(manager, &hosts, &order.lost)?;
@@ -62,6 +69,7 @@ pub(crate) async fn reconcile(
         heard.iter().map(|(host, heard)| (host.clone(), heard.report.clone())).collect();
     let ground = ground(&mut tx, &reports).await?;
     let mut plan = plan::plan(&ground.vms, &ground.migrations, &ground.hosts, &reports, &lost);
+    plan.blocking.extend(damage);
     plan.blocking.extend(missing.iter().map(|host| {
         format!("host {host} has not told what it holds: let it connect, or declare it lost (its power must be cut)")
     }));
@@ -192,7 +200,7 @@ async fn accept(
     });
     tx.audit(&caller.audit_name(), "registry.reconcile", manager.config.name.as_str(), detail).await?;
     tx.commit().await?;
-    standing::reconciled(manager, &fresh).await;
+    trust::reconciled(manager, &fresh).await;
     manager.wake_all().await?;
     checkpoints::tell_all(manager).await;
     Ok(generation)

@@ -517,3 +517,28 @@ async fn a_backup_moves_a_registry_from_sqlite_to_postgresql() {
     world.until("the VM settles", async || world.physical.lock().unwrap().on(vm) == ["host-b"]).await;
     world.check_settled(vm, "host-b").await;
 }
+
+/// Entries that are gone can be accepted; entries that were changed can't be made whole by anybody's word.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_with_changed_entries_is_not_reconciled() {
+    use sqlx::Connection as _;
+    let world = World::new();
+    let _a = world.host("host-a").await;
+    tokio::task::block_in_place(|| world.end().unwrap());
+    sqlx::any::install_default_drivers();
+    let url = format!("sqlite://{}", world.state().join("registry.db").display());
+    let mut intruder = sqlx::AnyConnection::connect(&url).await.unwrap();
+    sqlx::query("UPDATE audit SET actor = 'nobody' WHERE sequence = 3").execute(&mut intruder).await.unwrap();
+    intruder.close().await.unwrap();
+    tokio::task::block_in_place(|| world.start());
+    connected(&world, &["host-a"]).await;
+    let answer = reconcile(&world, &[], true).await;
+    assert_eq!(answer.code(), "wrong-state", "{}", answer.body);
+    assert!(answer.body["detail"].as_str().unwrap().contains("damaged at entry 3"), "{}", answer.body);
+    let verdict = world.get("/v1/audit/verify").await;
+    assert_eq!(
+        (verdict["verified"].clone(), verdict["first_bad"].clone()),
+        (json!(false), json!(3)),
+        "{verdict}"
+    );
+}
