@@ -328,6 +328,145 @@ pub struct AuditVerified {
     pub detail: Option<String>,
 }
 
+/// `GET /v1/migrations/{id}/bundle`: everything about one migration that can be verified without the manager. Written in
+/// canonical JSON (RFC 8785); signed things and hashes in hexadecimal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bundle {
+    /// Version of the format.
+    pub outrider_bundle: u32,
+    /// The migration.
+    pub migration: MigrationId,
+    /// Raw Ed25519 keys of the managers that signed checkpoint and permit.
+    pub keys: Vec<String>,
+    /// Certificate of the first key by the CA, PEM; none in this version.
+    pub certificate: Option<String>,
+    /// Signed checkpoint of the audit log.
+    pub checkpoint: String,
+    /// The permit's token, where one was signed.
+    pub permit: Option<String>,
+    /// Signed statements of both daemons: request, votes, receipts, renunciation.
+    pub statements: Vec<String>,
+    /// What both hosts proved of themselves.
+    pub attestation: BundleAttestation,
+    /// The log's entries about the migration, oldest first.
+    pub entries: Vec<BundleEntry>,
+}
+
+/// The quotes that the permit names. None: that host was unattested.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BundleAttestation {
+    /// Of the source.
+    pub source: Option<BundleQuote>,
+    /// Of the target.
+    pub target: Option<BundleQuote>,
+}
+
+/// A quote with what it is about.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BundleQuote {
+    /// Nonce, purpose, host and keys, whose hash the TPM signed.
+    pub binding: serde_json::Value,
+    /// The evidence as the host sent it; the permit names its digest.
+    pub evidence: String,
+}
+
+/// An entry of the audit log with its place in it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BundleEntry {
+    /// Number, from 1.
+    pub sequence: u64,
+    /// Microseconds since the Unix epoch.
+    pub at_us: i64,
+    /// Who.
+    pub actor: String,
+    /// What.
+    pub action: String,
+    /// On what.
+    pub subject: String,
+    /// Details.
+    pub detail: serde_json::Value,
+    /// RFC 9162 inclusion proof.
+    pub proof: Vec<String>,
+}
+
+/// What verifying a bundle found.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct BundleVerified {
+    /// Whether everything in it holds.
+    pub verified: bool,
+    /// The first thing that does not.
+    pub first_wrong: Option<String>,
+    /// Its migration.
+    pub migration: Option<MigrationId>,
+    /// The managers' keys that it rests on.
+    pub keys: Vec<String>,
+    /// Whether the reader named the keys that count. If not, compare them with those that the hosts have.
+    pub trusted: bool,
+    /// Entries of the log that it shows.
+    pub entries: u64,
+    /// Statements that it shows.
+    pub statements: u64,
+    /// The log of its checkpoint.
+    pub log: Option<Nonce>,
+    /// How many entries that log had.
+    pub log_entries: u64,
+}
+
+/// `POST /v1/audit/reconcile`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reconcile {
+    /// Hosts that are dead and stay so, by the operator's word.
+    #[serde(default)]
+    pub lost: Vec<HostName>,
+    /// Whether it is to be done; without, it is only said what would be.
+    #[serde(default)]
+    pub accept: bool,
+}
+
+/// The answer: how a registry that was set back stands, and what follows from what the hosts hold.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Reconciliation {
+    /// `restored` or `distrusted`.
+    pub standing: String,
+    /// Why.
+    pub why: String,
+    /// RFC 3339.
+    pub since: String,
+    /// Whether it was done: the registry decides again.
+    pub accepted: bool,
+    /// How often a loss was accepted.
+    pub generation: u64,
+    /// Every host that ever joined.
+    pub hosts: Vec<ReconciledHost>,
+    /// What becomes of each VM.
+    pub vms: Vec<ReconciledVm>,
+    /// What a person must settle first.
+    pub blocking: Vec<String>,
+}
+
+/// One host of a reconciliation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReconciledHost {
+    /// Its name.
+    pub name: HostName,
+    /// `told`, `missing` or `lost`.
+    pub state: String,
+}
+
+/// One VM of a reconciliation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReconciledVm {
+    /// Its name, or its UUID where nobody knows that.
+    pub name: String,
+    /// In words.
+    pub outcome: String,
+}
+
 /// One audit entry as `GET /v1/audit` shows it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct AuditEntry {

@@ -30,7 +30,7 @@ pub use reference::{AllowedDigest, EVENTS_LIMIT, ReferenceFault, ReferencePcr, R
 
 use crate::enrol::Enrolled;
 use crate::event_log::{EventLog, LogFault};
-use crate::pcr::{PcrDigest, PcrIndex};
+use crate::pcr::{PcrDigest, PcrIndex, PcrSelection};
 use crate::structure::{Attest, AttestFault, Public, Signature};
 
 /// What evidence is held against. All of it is the manager's own.
@@ -70,7 +70,7 @@ pub fn appraise(expected: &Expectation<'_>, evidence: &Evidence) -> Result<Appra
     };
     appraisal.clock = Some(attest.clock);
     appraisal.firmware_version = Some(format!("{:016x}", attest.firmware_version));
-    appraisal.reasons = complete(expected, evidence, &attest);
+    appraisal.reasons = complete(expected.reference.selection(), evidence, &attest);
     if !appraisal.reasons.is_empty() {
         return appraisal.conclude(false);
     }
@@ -83,6 +83,28 @@ pub fn appraise(expected: &Expectation<'_>, evidence: &Evidence) -> Result<Appra
         appraisal.notes.push(UNSAFE_CLOCK.to_owned());
     }
     appraisal.conclude(true)
+}
+
+/// What evidence shows by itself, to whoever has no record of the platform: a fit key signed these very values, about this
+/// binding. Whose key that is, and whether the values are good ones, it does not show.
+///
+/// # Errors
+/// Every reason found.
+pub fn is_sound(binding: &Binding, evidence: &Evidence) -> Result<(), Vec<Reason>> {
+    let mut reasons = Vec::new();
+    let malformed = |what: &str, fault: &dyn std::fmt::Display| {
+        vec![Reason::new(ReasonCode::MalformedEvidence, format_args!("{what} can't be read: {fault}"))]
+    };
+    let attest = Attest::parse(evidence.attest.as_slice()).map_err(|fault| vec![not_a_quote(&fault)])?;
+    let ak = Public::parse(evidence.ak_public.as_slice())
+        .map_err(|fault| malformed("the attestation key", &fault))?;
+    if let Err(fault) = ak.may_attest() {
+        reasons.push(Reason::new(ReasonCode::AkUnfit, format_args!("the attestation key is unfit: {fault}")));
+    }
+    check_signature(&ak, evidence, &mut reasons);
+    check_binding(binding, &attest, &mut reasons);
+    reasons.extend(complete(attest.selection, evidence, &attest));
+    if reasons.is_empty() { Ok(()) } else { Err(reasons) }
 }
 
 const UNSAFE_CLOCK: &str = "the TPM was shut down without notice, so its clock may repeat times; freshness \
@@ -170,14 +192,13 @@ fn check_binding(binding: &Binding, attest: &Attest, reasons: &mut Vec<Reason>) 
 }
 
 /// Step 2: exactly the registers asked for, with the values that were signed.
-fn complete(expected: &Expectation<'_>, evidence: &Evidence, attest: &Attest) -> Vec<Reason> {
-    let asked = expected.reference.selection();
+fn complete(asked: PcrSelection, evidence: &Evidence, attest: &Attest) -> Vec<Reason> {
     let mut reasons = Vec::new();
     if attest.selection != asked {
         let detail = format!("the quote is of {}, asked was {asked}", attest.selection);
         reasons.push(Reason::new(ReasonCode::WrongSelection, detail));
     }
-    let sent = crate::pcr::PcrSelection::of(evidence.pcrs.bank(), evidence.pcrs.values().keys().copied());
+    let sent = PcrSelection::of(evidence.pcrs.bank(), evidence.pcrs.values().keys().copied());
     if sent != asked {
         let detail = format!("values were sent of {sent}, asked was {asked}");
         reasons.push(Reason::new(ReasonCode::WrongValues, detail));

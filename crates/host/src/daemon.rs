@@ -1,6 +1,7 @@
 //! What every part of the daemon shares: who this host is, its keys and journal, its VMs, and the way to the manager.
 
 use crate::agents::{Agent, AgentSpawner, Ready};
+use crate::checkpoints::Checkpoints;
 use crate::config::PortRange;
 use crate::error::chain;
 use crate::folders::Folders;
@@ -35,6 +36,8 @@ pub struct Daemon {
     pub key: Arc<SigningKey>,
     /// The managers' permit keys, as pinned at join and refreshed by every welcome.
     pub permit_keys: Mutex<KeyRing>,
+    /// What the managers signed of their audit log.
+    pub checkpoints: Arc<Checkpoints>,
     /// Written before acts.
     pub journal: Mutex<JournalStore>,
     /// Set when the daemon can't go on: its supervisor restarts it, and QEMUs survive that.

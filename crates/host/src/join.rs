@@ -1,5 +1,6 @@
 //! `outrider host join`: one use of a join token gives this host its certificate and pins its manager.
 
+use crate::checkpoints::Checkpoints;
 use crate::config::JoinConfig;
 use crate::error::chain;
 use crate::folders::private_folder;
@@ -56,6 +57,8 @@ pub async fn join(config: &JoinConfig) -> Result<HostName, Problem> {
         })?
         .map_err(|status| status_problem(&status))?
         .into_inner();
+    // An admin let this host in anew: what it remembers of a log may be another manager's.
+    Checkpoints::forget(&config.state_folder)?;
     let joined = joined(&token.host, manager, &reply);
     folder.store(&joined, &key, &chain_pem(&reply), ca.pem())?;
     Ok(token.host)

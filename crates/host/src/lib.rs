@@ -15,6 +15,7 @@
 //! | [`cgroup`], [`freezer`], [`process`], [`sweep`], [`load`] | the kernel's side: groups, freezing with proof, pid descriptors |
 //! | [`journal`], [`daemon`], [`outbox`] | what is written down, shared, and told |
 //! | [`probe`] | a moment's work, to prove that there is room for more |
+//! | [`checkpoints`], [`holdings`] | what a manager signed of its log, and all that one must know that forgot |
 //! | [`agents`], [`scanner`], [`channel`], [`peer`] | processes and sockets of one migration |
 //! | [`migration`] | the hand-over |
 //! | [`session`], [`orders`], `rpc` | the manager |
@@ -23,11 +24,13 @@
 pub mod agents;
 pub mod cgroup;
 pub mod channel;
+pub mod checkpoints;
 pub mod config;
 pub mod daemon;
 pub mod error;
 pub mod folders;
 pub mod freezer;
+pub mod holdings;
 pub mod identity;
 pub mod join;
 pub mod journal;
@@ -52,6 +55,7 @@ pub use join::join;
 
 use crate::agents::AgentSpawner;
 use crate::cgroup::Hierarchies;
+use crate::checkpoints::Checkpoints;
 use crate::daemon::{Daemon, JournalStore};
 use crate::error::chain;
 use crate::folders::{Folders, private_folder};
@@ -154,6 +158,7 @@ fn assemble(
         name,
         key: identity.signing.clone(),
         permit_keys: Mutex::new(identity.joined.key_ring()),
+        checkpoints: Arc::new(Checkpoints::open(&folders.state)?),
         journal: Mutex::new(JournalStore::new(journal, entries)),
         broken: watch::Sender::new(None),
         vms,

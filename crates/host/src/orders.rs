@@ -5,6 +5,7 @@
 use crate::agents::Ready;
 use crate::daemon::{Daemon, IdleAgent, lock, now_unix_us};
 use crate::error::HostError;
+use crate::holdings;
 use crate::load::LoadMeter;
 use crate::migration::attempt::AttemptFile;
 use crate::migration::registry::{Migrations, PrepareOrder, StartOrder};
@@ -63,6 +64,8 @@ impl Orders {
             // Many and quick: no task.
             Body::QueryLoad(_) => self.reply(id, name, Ok(self.load())),
             Body::StatementStored(_) | Body::Welcome(_) => {}
+            Body::Checkpoint(order) => this.checkpoint(order),
+            Body::ReportHoldings(order) => holdings::report(&self.daemon, &self.migrations, order.ask),
             Body::StartVm(order) => self.run(id, name, async move { this.start_vm(order).await }),
             Body::StopVm(order) => self.run(id, name, async move { this.stop_vm(order).await }),
             Body::Intent(order) => self.reply(id, name, self.intent(&order)),
@@ -134,7 +137,18 @@ impl Orders {
         reply::Result::Load(fleet::LoadReply { load_json })
     }
 
+    /// Written beside the session: votes do not wait for it.
+    fn checkpoint(self, order: fleet::Checkpoint) {
+        tokio::task::spawn_blocking(move || {
+            let keys = lock(&self.daemon.permit_keys).clone();
+            if let Some(kept) = self.daemon.checkpoints.take(&order, &keys) {
+                self.daemon.outbox.push(to_manager::Body::CheckpointKept(kept));
+            }
+        });
+    }
+
     async fn start_vm(&self, order: fleet::StartVm) -> Outcome {
+        self.daemon.checkpoints.may_accept()?;
         let spec: VmSpec = json("the VM's spec", &order.spec_json)?;
         let started = self.daemon.vms.start(&spec, Epoch(order.epoch)).await?;
         Ok(reply::Result::Started(fleet::Started {
@@ -545,5 +559,7 @@ fn name_of(body: &Body) -> &'static str {
         Body::Quote(_) => "quote",
         Body::DescribeHypervisor(_) => "describe-hypervisor",
         Body::MicroProbe(_) => "micro-probe",
+        Body::Checkpoint(_) => "checkpoint",
+        Body::ReportHoldings(_) => "report-holdings",
     }
 }

@@ -151,6 +151,8 @@ impl SessionKeeper {
             vms: self.running_vms(),
             // The machines repeat what they have to say as soon as the manager has greeted.
             open_statements: Vec::new(),
+            checkpoint: self.daemon.checkpoints.token(),
+            checkpoint_refused: self.daemon.checkpoints.contradiction().unwrap_or_default(),
         })
     }
 

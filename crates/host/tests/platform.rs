@@ -16,7 +16,7 @@ use types::vm::VmSpec;
 use types::{Digest, MigrationId, Nonce, Side, VmId};
 
 fn ready() -> bool {
-    match attest::testkit::missing() {
+    match attest::testkit::missing().or_else(support::host::missing) {
         None => true,
         Some(reason) => {
             skip::skip(&reason);

@@ -14,6 +14,9 @@ const ANCHOR_FILE: &str = "audit.anchor";
 struct Held {
     sequence: u64,
     hash: Digest,
+    /// How often a loss was accepted, when the entry was seen.
+    #[serde(default)]
+    generation: u64,
 }
 
 /// The anchor.
@@ -48,8 +51,36 @@ impl Anchor {
     pub(crate) fn advance(&self, sequence: u64, hash: Digest) {
         let mut held = self.lock();
         if held.is_none_or(|h| h.sequence < sequence) {
-            *held = Some(Held { sequence, hash });
+            let generation = held.map_or(0, |h| h.generation);
+            *held = Some(Held { sequence, hash, generation });
         }
+    }
+
+    /// The entry that the log of this generation must hold: none when a loss was accepted since it was seen.
+    pub(crate) fn of_generation(&self, generation: u64) -> Option<(u64, Digest)> {
+        self.lock().filter(|h| h.generation >= generation).map(|h| (h.sequence, h.hash))
+    }
+
+    /// Why the registry's generation can't be. Only this manager accepts losses of a registry of its own.
+    pub(crate) fn contradicts(&self, generation: u64, shared: bool) -> Option<String> {
+        let held = (*self.lock())?.generation;
+        let impossible = generation < held || (generation > held && !shared);
+        impossible.then(|| {
+            format!("the audit log's generation is {generation}, this manager has seen it at {held}")
+        })
+    }
+
+    /// The log was verified and is trusted, in this generation.
+    pub(crate) fn follow(&self, generation: u64, sequence: u64, hash: Digest) {
+        if self.lock().is_some_and(|h| h.generation == generation) {
+            return self.advance(sequence, hash);
+        }
+        self.begin_anew(generation, sequence, hash);
+    }
+
+    /// What was held does not count any more: a loss was accepted.
+    pub(crate) fn begin_anew(&self, generation: u64, sequence: u64, hash: Digest) {
+        *self.lock() = Some(Held { sequence, hash, generation });
     }
 
     /// Writes it down.

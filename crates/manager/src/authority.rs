@@ -6,6 +6,7 @@ use crate::policy::plans::Plan;
 use base64_pem::blocks;
 use link::ca::{Ca, Subject, write_private};
 use link::identity::{IdentityKey, LiveIdentity, TlsIdentity, TrustDomain};
+use permit::checkpoint::Checkpoint;
 use permit::document::{self, DocumentKind};
 use permit::{PermitToken, SignatureError, SigningKey};
 use registry::Database;
@@ -181,6 +182,15 @@ impl Authority {
     /// It is none, or another key signed it.
     pub(crate) fn read_plan(&self, token: &[u8]) -> Result<Plan, SignatureError> {
         document::verify(token, DocumentKind::MaintenancePlan, self.permit_key.verifying_key())
+    }
+
+    /// Signs a checkpoint of the audit log.
+    ///
+    /// # Errors
+    /// `internal`: it is too long to be one.
+    pub(crate) fn sign_checkpoint(&self, checkpoint: &Checkpoint) -> Result<Vec<u8>, Problem> {
+        permit::checkpoint::sign(&self.permit_key, checkpoint)
+            .map_err(|e| Problem::new(ErrorCode::Internal, format!("the checkpoint cannot be signed: {e}")))
     }
 
     /// Certifies a host whose right to it was checked.

@@ -10,14 +10,15 @@ use crate::fleet::Fleet;
 use crate::http::Doorkeeper;
 use crate::leases::Leases;
 use crate::policy::shelf::Shelf;
+use crate::trust::{self, Trust};
 use registry::{Registry, RegistryError, Tx};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use types::{ErrorCode, MigrationId, Name, Problem, Side};
+use types::{MigrationId, Name, Problem, Side};
 
 /// The manager's shared parts.
 pub(crate) struct Manager {
@@ -41,7 +42,7 @@ pub(crate) struct Manager {
     pub(crate) challenges: Challenges,
     pub(crate) anchor: Anchor,
     /// Why the registry is not known to hold everything that it ever said, if so (H10).
-    pub(crate) forgetful: OnceLock<String>,
+    pub(crate) forgetful: Trust,
     /// When this process started, microseconds since the Unix epoch.
     pub(crate) started_us: i64,
     /// `host:port` that join tokens carry.
@@ -61,12 +62,7 @@ impl Manager {
     /// # Errors
     /// `audit-broken`.
     pub(crate) fn must_remember(&self) -> Result<(), Problem> {
-        let Some(why) = self.forgetful.get() else { return Ok(()) };
-        let detail = format!("the registry may be older than what it has said: {why}");
-        Err(Problem::new(ErrorCode::AuditBroken, detail).hint(
-            "restore a current registry and restart the manager; or, if what is lost is known and no VM can run \
-             twice, remove audit.anchor from its state folder and restart it. VMs that run are not touched",
-        ))
+        self.forgetful.get().map_or(Ok(()), |why| Err(trust::doubtful(&why)))
     }
 
     /// Begins a writing transaction now.

@@ -8,6 +8,7 @@
 //! | `http` | operators: HTTPS, JSON, events |
 //! | `fleet` | hosts: join, attach, sessions |
 //! | `hosts`, `vms`, `tokens` | records |
+//! | `checkpoints`, `trust`, `restored` | what is signed of the audit log; whether the registry may be decided by; and how it may again |
 //! | `leases` | which of several managers works on which migration |
 //! | `migration` | from request to report; one reconciler per open migration |
 //!
@@ -18,6 +19,9 @@ mod anchor;
 mod attestation;
 pub mod audit_file;
 mod authority;
+pub mod backup;
+pub mod bundle;
+mod checkpoints;
 mod clock;
 mod config;
 mod core;
@@ -28,7 +32,9 @@ mod http;
 mod leases;
 mod migration;
 mod policy;
+mod restored;
 mod tokens;
+mod trust;
 mod vms;
 
 pub use config::{Admission, Budgets, Config, Demanded};
@@ -140,7 +146,7 @@ pub async fn run_with(
         looks: attestation::Looks::default(),
         challenges: attestation::enrolment::Challenges::default(),
         anchor: Anchor::open(&state),
-        forgetful: std::sync::OnceLock::new(),
+        forgetful: trust::Trust::default(),
         started_us: clock::now_us(),
         advertised,
         shutdown: CancellationToken::new(),
@@ -174,7 +180,9 @@ async fn admit_admin(registry: &Registry, config: &Config, token: &str) -> Resul
     };
     let admin = ApiToken { name, role: "admin".to_owned(), expires_at_us: None, tenants: None };
     let hash = token_hash(token);
-    if registry.read("admin token").await?.api_token(&hash).await?.as_ref() == Some(&admin) {
+    // Under the name of before, where the registry was moved to a server since.
+    let held = registry.read("admin token").await?.api_token(&hash).await?;
+    if held.is_some_and(|held| held.role == admin.role && held.expires_at_us.is_none()) {
         return Ok(());
     }
     let mut tx = registry.begin("admin token", clock::now_us()).await?;
@@ -185,16 +193,30 @@ async fn admit_admin(registry: &Registry, config: &Config, token: &str) -> Resul
 
 /// Looks at the audit log, then wakes every open migration: each goes on from its row.
 async fn recovered(manager: &Arc<Manager>) -> Result<(), Problem> {
+    let standing = trust::open(manager).await?;
     let mut tx = manager.registry.read("recover").await?;
-    let verdict = tx.verify_audit(manager.anchor.get()).await?;
+    let verdict = tx.verify_audit(manager.anchor.of_generation(standing.generation)).await?;
     drop(tx);
+    if let Some(why) = manager.anchor.contradicts(standing.generation, manager.config.shares_registry()) {
+        migration::handover::distrust(manager, &why, None).await?;
+    }
     match verdict {
-        registry::AuditVerdict::Whole { entries, head } => manager.anchor.advance(entries, head),
+        registry::AuditVerdict::Whole { .. } if standing.standing != registry::Standing::Trusted => {
+            tracing::error!(
+                "the registry is to be reconciled before it decides anything new: {}",
+                standing.why
+            );
+            migration::handover::distrust(manager, &standing.why, None).await?;
+        }
+        registry::AuditVerdict::Whole { .. } if manager.forgetful.get().is_some() => {}
+        registry::AuditVerdict::Whole { entries, head } => {
+            manager.anchor.follow(standing.generation, entries, head);
+        }
         registry::AuditVerdict::Broken { first_bad, detail, .. } => {
             // It goes on: VMs must be recoverable whatever was done to the log. But it decides nothing new.
             tracing::error!(first_bad, "the audit log is broken: {detail}");
-            migration::handover::distrust(manager, &detail).await?;
-            manager.forgetful.get_or_init(|| format!("audit entry {first_bad}: {detail}"));
+            let why = format!("audit entry {first_bad}: {detail}");
+            migration::handover::distrust(manager, &why, Some(first_bad)).await?;
         }
     }
     let open = manager.registry.read("recover").await?.open_migrations().await?.len();
@@ -264,6 +286,7 @@ async fn keep_house(manager: &Arc<Manager>) {
         loop {
             tokio::time::sleep(HOUSEKEEPING_PERIOD).await;
             note_anchor(manager).await;
+            checkpoints::tell_all(manager).await;
             let before_us = clock::now_us() - migration::request::NONCE_MEMORY_US;
             let swept = async {
                 let mut tx = manager.begin("sweep nonces").await?;
@@ -283,17 +306,16 @@ async fn keep_house(manager: &Arc<Manager>) {
 async fn set_back(manager: &Manager) {
     let why = "the audit log lacks an entry that this manager has seen in it";
     tracing::error!("the registry was set back: {why}");
-    match migration::handover::distrust(manager, why).await {
-        Ok(()) => drop(manager.forgetful.get_or_init(|| why.to_owned())),
-        // Looked at again; until then nothing is forgotten that was not forgotten before.
-        Err(problem) => tracing::error!("cannot say so in the registry: {problem}"),
+    let first_bad = manager.anchor.get().map(|(sequence, _)| sequence);
+    if let Err(problem) = migration::handover::distrust(manager, why, first_bad).await {
+        tracing::error!("cannot say so in the registry: {problem}");
     }
 }
 
 async fn note_anchor(manager: &Manager) {
     // What proves that the registry was set back must not be overtaken by what is appended to it since.
     if manager.forgetful.get().is_some() {
-        return;
+        return trust::look_again(manager).await;
     }
     let looked = async {
         let mut tx = manager.registry.read("anchor").await?;
@@ -301,6 +323,10 @@ async fn note_anchor(manager: &Manager) {
             Some((sequence, hash)) => tx.audit_holds(sequence, hash).await?,
             None => true,
         };
+        if let Some(row) = tx.audit_log().await? {
+            // Another manager may have found out.
+            manager.forgetful.follow(&row);
+        }
         Ok::<_, registry::RegistryError>((held, tx.audit_head().await?))
     };
     match looked.await {

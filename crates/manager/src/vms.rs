@@ -129,6 +129,7 @@ fn ordering(manager: &Manager, name: &Name) -> Result<Ordering, Problem> {
 /// Places the VM, or finds it placed by an order whose answer was lost.
 async fn place(manager: &Manager, caller: &Caller, name: &Name, host: &HostName) -> Result<Start, Problem> {
     let mut tx = manager.begin("place a VM").await?;
+    crate::trust::must_be_trusted(&mut tx).await?;
     let row = tx.vm_named(name).await?.ok_or_else(|| unknown_vm(name))?;
     let target = require_host(&mut tx, host).await?;
     if target.state == Enrolment::Quarantined {

@@ -62,6 +62,10 @@ pub(crate) enum Command {
     /// Read and verify the audit log
     #[command(subcommand)]
     Audit(AuditCommand),
+    /// Copy the registry into one file, while the manager runs
+    Backup(Backup),
+    /// Put a backup in the place of the registry; the manager then decides nothing until `audit reconcile`
+    Restore(Restore),
     /// Make, list and revoke operators' tokens
     #[command(subcommand)]
     Token(TokenCommand),
@@ -719,6 +723,86 @@ pub(crate) enum AuditCommand {
     List(ListAudit),
     /// Write the whole log as JSON lines, oldest first; `audit verify --file` checks such a file without a manager
     Export(ExportAudit),
+    /// Write everything about one migration that can be verified offline: `audit verify --bundle` does
+    Bundle(BundleAudit),
+    /// Let a registry that was set back decide again, once every host has said what it holds
+    Reconcile(ReconcileAudit),
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "ID may be shortened to a unique prefix. A VM's name means its open migration, or its last."
+)]
+pub(crate) struct BundleAudit {
+    /// The migration
+    pub(crate) id: String,
+    /// Write to this file, which must not exist yet [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+const RECONCILE: &str = "\
+Without --accept it says what each host holds, what becomes of each VM, and what is in the way; nothing is changed. With
+--accept the registry follows the hosts, and everything that may have been used since the loss counts as used: permits,
+join tokens, requests. API tokens that were revoked since are good again: look through `outrider token list`.
+
+The word of an operator replaces proof: if a host that is called lost runs a VM after all, that VM may run twice. Cut its
+power first.
+
+Exit codes: 0 done, or nothing is in the way; 1 something is in the way";
+
+#[derive(Debug, Args)]
+#[command(after_help = RECONCILE)]
+pub(crate) struct ReconcileAudit {
+    /// This host is dead and stays so; give one per host
+    #[arg(long, value_name = "HOST", value_delimiter = ',')]
+    pub(crate) lost: Vec<HostName>,
+    /// Do it: accept what is lost
+    #[arg(long)]
+    pub(crate) accept: bool,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+/// Where a manager keeps its registry.
+#[derive(Debug, Args)]
+pub(crate) struct RegistryPlace {
+    /// Configuration file [default: /etc/outrider/manager.toml when it exists]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// State folder
+    #[arg(long, env = "OUTRIDER_MANAGER_STATE", hide_env_values = true, value_name = "FOLDER")]
+    pub(crate) state: Option<PathBuf>,
+}
+
+const BACKUP: &str = "\
+The file is one picture of an instant, with a digest, readable by its owner only; it restores into SQLite and PostgreSQL
+alike. It holds no keys: copy ca.pem, ca-key.pem and permit-key.pem from the manager's state folder to another place.";
+
+#[derive(Debug, Args)]
+#[command(after_help = BACKUP)]
+pub(crate) struct Backup {
+    /// Write to this file, which must not exist yet
+    #[arg(long, value_name = "FILE")]
+    pub(crate) to: PathBuf,
+    #[command(flatten)]
+    pub(crate) registry: RegistryPlace,
+}
+
+const RESTORE: &str = "\
+The manager must not run. SQLite: the registry that is there is kept beside the new one. PostgreSQL: the database must be
+empty; make a new one and name it in manager.toml. See docs/runbooks/restore.md.";
+
+#[derive(Debug, Args)]
+#[command(after_help = RESTORE)]
+pub(crate) struct Restore {
+    /// The backup
+    #[arg(long, value_name = "FILE")]
+    pub(crate) from: PathBuf,
+    #[command(flatten)]
+    pub(crate) registry: RegistryPlace,
 }
 
 #[derive(Debug, Args)]
@@ -738,6 +822,13 @@ pub(crate) struct VerifyAudit {
     /// A log that was exported, instead of the manager's
     #[arg(long, value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
+    /// A bundle of one migration, instead of a log; no manager is asked
+    #[arg(long, value_name = "FILE", conflicts_with = "file")]
+    pub(crate) bundle: Option<PathBuf>,
+    /// A manager's permit key that counts, raw Ed25519 in hexadecimal, as in a host's identity/host.json; give one per
+    /// manager [default: any, and the verdict names it]
+    #[arg(long, value_name = "KEY", requires = "bundle")]
+    pub(crate) key: Vec<String>,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }

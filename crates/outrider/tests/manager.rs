@@ -231,3 +231,54 @@ fn a_manager_ends_when_asked() {
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     assert_eq!(manager.child.wait().unwrap().code(), Some(0));
 }
+
+/// A backup of a manager that runs, put back when it does not; the manager then says what is to be done.
+#[test]
+fn a_registry_is_backed_up_restored_and_reconciled_by_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let (state, file) = (folder.path().join("state"), folder.path().join("backup"));
+    let config = empty_config(&state);
+    let by_hand = |arguments: &[&str]| {
+        let mut command = outrider();
+        command.args(arguments).arg("--state").arg(&state).arg("--config").arg(&config);
+        let output = command.output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    };
+    let file = file.to_str().unwrap();
+    let manager = Manager::start(&state);
+    manager.json(&ADD);
+    let (code, out, err) = by_hand(&["backup", "--to", file]);
+    assert!(code == 0 && out.contains("holds no keys"), "{out}{err}");
+    let (code, _, err) = by_hand(&["backup", "--to", file]);
+    assert!(code != 0 && err.contains("[already-exists]"), "{err}");
+    let (code, _, err) = by_hand(&["restore", "--from", file]);
+    assert!(code != 0 && err.contains("[wrong-state]"), "{err}");
+    let (code, _, err) = manager.ask(&["audit", "reconcile"]);
+    assert!(code != 0 && err.contains("nothing to reconcile"), "{err}");
+    drop(manager);
+    let (code, out, err) = by_hand(&["restore", "--from", file]);
+    assert!(code == 0 && out.contains("audit reconcile"), "{out}{err}");
+    let manager = Manager::start(&state);
+    let (code, out, _) = manager.ask(&["audit", "verify"]);
+    assert!(code == 1 && out.contains("restored from a backup"), "{out}");
+    let (code, out, err) = manager.ask(&["audit", "reconcile"]);
+    assert!(code == 0 && out.contains("--accept"), "{out}{err}");
+    let (code, out, err) = manager.ask(&["audit", "reconcile", "--accept"]);
+    assert!(code == 0 && out.contains("decides again"), "{out}{err}");
+    assert_eq!(manager.json(&["audit", "verify"])["verified"], true);
+    assert_eq!(manager.json(&["host", "list"]).as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn what_is_no_bundle_is_exit_code_1_without_a_manager() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("bundle");
+    for text in ["", "{}", "{\"outrider_bundle\":1}", "no JSON"] {
+        std::fs::write(&file, text).unwrap();
+        let output = outrider().args(["audit", "verify", "--bundle"]).arg(&file).output().unwrap();
+        let out = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(1), "{out}");
+        assert!(out.contains("DOES NOT HOLD"), "{out}");
+    }
+}

@@ -6,6 +6,7 @@
 //! | what daemons and managers state about a hand-over | [`statement`] | COSE_Sign1 over canonical CBOR |
 //! | audit checkpoints, journal entries | [`document`] | the same |
 //! | the order of an audit log or journal | [`chain`] | BLAKE3 hash chain |
+//! | where the audit log stands, and what it holds | [`checkpoint`], [`merkle`] | COSE_Sign1; RFC 9162 |
 //! | an enrolment's single-use secret | [`join`] | text, `ojt1.…` |
 //!
 //! Architecture invariants: no clock (`now` is a parameter), no I/O, no TLS; randomness only where a key or a
@@ -14,11 +15,13 @@
 //! in the signed bytes, so that none can be taken for another.
 
 pub mod chain;
+pub mod checkpoint;
 pub mod document;
 mod domain;
 mod envelope;
 pub mod join;
 pub mod key;
+pub mod merkle;
 pub mod permit;
 pub mod statement;
 

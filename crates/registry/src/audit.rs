@@ -8,6 +8,7 @@
 use crate::error::RegistryError;
 use crate::tx::{Tx, column, document, plain, unsigned};
 use permit::chain::Head;
+use permit::merkle::{self, Frontier};
 use serde::Serialize;
 use serde_json::Value;
 use sqlx::any::AnyRow;
@@ -77,6 +78,13 @@ pub enum NotNext {
     Malformed(#[source] RegistryError),
 }
 
+/// How the log ends: chain and tree.
+pub(crate) struct End {
+    pub(crate) head: Head,
+    /// `None`: its stored form is damaged.
+    pub(crate) tree: Option<Frontier>,
+}
+
 /// The head of a log without entries.
 #[must_use]
 pub fn audit_start() -> Head {
@@ -94,7 +102,7 @@ struct Payload<'a> {
 }
 
 impl AuditRecord {
-    fn read(row: &AnyRow) -> Result<Self, RegistryError> {
+    pub(crate) fn read(row: &AnyRow) -> Result<Self, RegistryError> {
         let hash: String = column(row, "hash")?;
         Ok(Self {
             sequence: unsigned(row, "sequence")?,
@@ -119,8 +127,11 @@ impl AuditRecord {
         if self.hash == next.hash { Ok(next) } else { Err(NotNext::Hash) }
     }
 
-    /// The head of the chain after this entry.
-    fn after(&self, head: Head) -> Result<Head, RegistryError> {
+    /// What is hashed of it: the same bytes for chain and tree.
+    ///
+    /// # Errors
+    /// It can't be written as canonical JSON.
+    pub fn canonical(&self) -> Result<Vec<u8>, RegistryError> {
         let payload = Payload {
             sequence: self.sequence,
             at_us: self.at_us,
@@ -129,9 +140,12 @@ impl AuditRecord {
             subject: &self.subject,
             detail: &self.detail,
         };
-        let json = serde_json_canonicalizer::to_vec(&payload)
-            .map_err(|e| RegistryError::malformed("audit detail", e))?;
-        Ok(head.append(&json))
+        serde_json_canonicalizer::to_vec(&payload).map_err(|e| RegistryError::malformed("audit detail", e))
+    }
+
+    /// The head of the chain after this entry.
+    fn after(&self, head: Head) -> Result<Head, RegistryError> {
+        Ok(head.append(&self.canonical()?))
     }
 }
 
@@ -147,20 +161,33 @@ impl Tx {
         subject: &str,
         detail: Value,
     ) -> Result<(), RegistryError> {
-        let (seq, hash) = self.audit_head().await?;
+        let end = self.audit_end().await?;
         let mut entry = AuditRecord {
-            sequence: seq + 1,
+            sequence: end.head.seq + 1,
             at_us: self.now_us(),
             actor: plain(actor),
             action: plain(action),
             subject: plain(subject),
             detail,
-            hash,
+            hash: end.head.hash,
         };
-        entry.hash = entry.after(Head { seq, hash })?.hash;
+        let canonical = entry.canonical()?;
+        entry.hash = end.head.append(&canonical).hash;
+        // A tree that does not stand where the chain does (of an older version, or damaged) is not built upon.
+        let tree = end.tree.filter(|tree| tree.size() == end.head.seq);
+        let grown = tree.map(|mut tree| (tree.push(merkle::leaf(&canonical)), tree));
+        self.insert_entry(entry, grown).await
+    }
+
+    async fn insert_entry(
+        &mut self,
+        entry: AuditRecord,
+        grown: Option<(Vec<merkle::TreeHash>, Frontier)>,
+    ) -> Result<(), RegistryError> {
         let sequence = crate::tx::signed("sequence", entry.sequence)?;
-        let sql = "INSERT INTO audit (sequence, at_us, actor, action, subject, detail, hash) \
-                   VALUES ($1, $2, $3, $4, $5, $6, $7)";
+        let hash = entry.hash.to_string();
+        let sql = "INSERT INTO audit (sequence, at_us, actor, action, subject, detail, hash, nodes) \
+                   VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
         let query = sqlx::query(sql)
             .bind(sequence)
             .bind(entry.at_us)
@@ -168,11 +195,40 @@ impl Tx {
             .bind(entry.action)
             .bind(entry.subject)
             .bind(entry.detail.to_string())
-            .bind(entry.hash.to_string());
+            .bind(hash.clone())
+            .bind(grown.as_ref().map(|(nodes, _)| crate::tree::bytes_of(nodes)));
         self.insert(|| format!("audit entry {sequence}"), query).await?;
-        let sql = "INSERT INTO audit_head (id, sequence, hash) VALUES (1, $1, $2) \
-                   ON CONFLICT (id) DO UPDATE SET sequence = excluded.sequence, hash = excluded.hash";
-        self.execute(sqlx::query(sql).bind(sequence).bind(entry.hash.to_string())).await.map(|_| ())
+        let sql = match &grown {
+            Some(_) => {
+                "INSERT INTO audit_head (id, sequence, hash, tree_size, frontier) VALUES (1, $1, $2, $1, $3) \
+                 ON CONFLICT (id) DO UPDATE SET sequence = excluded.sequence, hash = excluded.hash, \
+                 tree_size = excluded.tree_size, frontier = excluded.frontier"
+            }
+            None => {
+                "INSERT INTO audit_head (id, sequence, hash) VALUES (1, $1, $2) \
+                 ON CONFLICT (id) DO UPDATE SET sequence = excluded.sequence, hash = excluded.hash"
+            }
+        };
+        let query = sqlx::query(sql).bind(sequence).bind(hash);
+        let query = match grown {
+            Some((_, tree)) => query.bind(tree.to_bytes()),
+            None => query,
+        };
+        self.execute(query).await.map(|_| ())
+    }
+
+    /// How the log ends. A log without entries has an empty tree.
+    pub(crate) async fn audit_end(&mut self) -> Result<End, RegistryError> {
+        let Some(row) = self.optional(sqlx::query("SELECT * FROM audit_head WHERE id = 1")).await? else {
+            return Ok(End { head: Head::genesis(CHAIN), tree: Some(Frontier::default()) });
+        };
+        let hash: String = column(&row, "hash")?;
+        let hash = Digest::try_from(hash).map_err(|e| RegistryError::malformed("hash", e))?;
+        let size: Option<i64> = column(&row, "tree_size")?;
+        let frontier: Option<Vec<u8>> = column(&row, "frontier")?;
+        let size = u64::try_from(size.unwrap_or(0)).ok();
+        let tree = size.and_then(|size| Frontier::from_bytes(size, &frontier.unwrap_or_default()));
+        Ok(End { head: Head { seq: unsigned(&row, "sequence")?, hash }, tree })
     }
 
     /// Sequence number and hash of the last entry.
@@ -180,13 +236,8 @@ impl Tx {
     /// # Errors
     /// Those of the database.
     pub async fn audit_head(&mut self) -> Result<(u64, Digest), RegistryError> {
-        let Some(row) = self.optional(sqlx::query("SELECT * FROM audit_head WHERE id = 1")).await? else {
-            let start = Head::genesis(CHAIN);
-            return Ok((start.seq, start.hash));
-        };
-        let hash: String = column(&row, "hash")?;
-        let hash = Digest::try_from(hash).map_err(|e| RegistryError::malformed("hash", e))?;
-        Ok((unsigned(&row, "sequence")?, hash))
+        let End { head, .. } = self.audit_end().await?;
+        Ok((head.seq, head.hash))
     }
 
     /// Whether the log holds an entry with this number and hash. A cheap look at one row; it proves nothing of the others.
@@ -208,7 +259,7 @@ impl Tx {
         rows.iter().map(AuditRecord::read).collect()
     }
 
-    async fn audit_rows(&mut self, after: u64, limit: i64) -> Result<Vec<AnyRow>, RegistryError> {
+    pub(crate) async fn audit_rows(&mut self, after: u64, limit: i64) -> Result<Vec<AnyRow>, RegistryError> {
         let sql = "SELECT * FROM audit WHERE sequence > $1 ORDER BY sequence LIMIT $2";
         self.all(sqlx::query(sql).bind(crate::tx::signed("sequence", after)?).bind(limit)).await
     }
@@ -223,13 +274,16 @@ impl Tx {
         anchor: Option<(u64, Digest)>,
     ) -> Result<AuditVerdict, RegistryError> {
         let mut head = Head::genesis(CHAIN);
+        let mut tree = crate::tree::Walk::default();
         loop {
             let rows = self.audit_rows(head.seq, PAGE_ENTRIES).await?;
             if rows.is_empty() {
                 break;
             }
             for row in &rows {
-                match check_next(row, head, anchor) {
+                let next = check_next(row, head, anchor)
+                    .and_then(|(entry, next)| tree.step(row, &entry).map(|()| next));
+                match next {
                     Ok(next) => head = next,
                     Err(detail) => {
                         let (first_bad, entries) = (head.seq + 1, head.seq);
@@ -250,12 +304,20 @@ impl Tx {
                 format!("the head names entry {last}, the chain ends at {entries} with another hash");
             return Ok(AuditVerdict::Broken { first_bad: last.max(1), detail, entries });
         }
+        let stored = self.audit_end().await?.tree;
+        if let Some((first_bad, detail)) = tree.ends(stored.as_ref()) {
+            return Ok(AuditVerdict::Broken { first_bad, detail, entries });
+        }
         Ok(AuditVerdict::Whole { entries, head: head.hash })
     }
 }
 
-/// The head after the next entry, or what is wrong with it.
-fn check_next(row: &AnyRow, head: Head, anchor: Option<(u64, Digest)>) -> Result<Head, String> {
+/// The next entry and the head after it, or what is wrong with it.
+fn check_next(
+    row: &AnyRow,
+    head: Head,
+    anchor: Option<(u64, Digest)>,
+) -> Result<(AuditRecord, Head), String> {
     let entry = AuditRecord::read(row).map_err(|e| e.to_string())?;
     if entry.sequence != head.seq + 1 {
         return Err(format!("entry {} is missing, {} follows", head.seq + 1, entry.sequence));
@@ -269,5 +331,5 @@ fn check_next(row: &AnyRow, head: Head, anchor: Option<(u64, Digest)>) -> Result
             "the chain was rewritten: it differs from the anchor kept outside of the database".to_owned()
         );
     }
-    Ok(next)
+    Ok((entry, next))
 }

@@ -15,6 +15,7 @@ use crate::database::{Database, Server};
 use crate::error::{RegistryError, is_busy, is_lost};
 use futures::FutureExt;
 use sqlx::any::{Any, AnyPoolOptions, AnyRow};
+use sqlx::migrate::Migrator;
 use sqlx::pool::PoolConnection;
 use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Executor, Row};
 use std::future::Future;
@@ -94,6 +95,63 @@ pub(crate) async fn open(database: &Database) -> Result<(AnyPool, Backend), Regi
             Ok((pool, Backend::Sqlite))
         }
         Database::Postgres(server) => open_postgres(server).await,
+    }
+}
+
+/// The versions of the schema that this program knows.
+fn known(database: &Database) -> Migrator {
+    match database {
+        Database::Sqlite(_) => sqlx::migrate!("migrations/sqlite"),
+        Database::Postgres(_) => sqlx::migrate!("migrations/postgres"),
+    }
+}
+
+/// Whether it knows this one.
+pub(crate) fn knows(database: &Database, version: i64) -> bool {
+    known(database).version_exists(version)
+}
+
+/// The newest.
+pub(crate) fn newest(database: &Database) -> i64 {
+    known(database).iter().map(|m| m.version).max().unwrap_or(0)
+}
+
+/// Opens the pool of a registry that is there, and leaves its schema alone. For reading: its commits have no numbers.
+pub(crate) async fn open_as_it_is(database: &Database) -> Result<(AnyPool, Backend), RegistryError> {
+    sqlx::any::install_default_drivers();
+    match database {
+        Database::Sqlite(path) => {
+            let pool = pool(&format!("sqlite://{}?mode=rw", path.display()), sqlite_session()).await?;
+            Ok((pool, Backend::Sqlite))
+        }
+        Database::Postgres(server) => {
+            let marks = Marks { instance: String::new(), last: AtomicI64::new(0) };
+            Ok((pool(server.url(), postgres_session()).await?, Backend::Postgres(Arc::new(marks))))
+        }
+    }
+}
+
+/// Opens the pool and brings the schema up to exactly these versions.
+pub(crate) async fn open_up_to(
+    database: &Database,
+    versions: &[i64],
+) -> Result<(AnyPool, Backend), RegistryError> {
+    sqlx::any::install_default_drivers();
+    let wanted = known(database).iter().filter(|m| versions.contains(&m.version)).cloned().collect();
+    let wanted = Migrator::with_migrations(wanted);
+    match database {
+        Database::Sqlite(path) => {
+            let pool = pool(&format!("sqlite://{}?mode=rwc", path.display()), sqlite_session()).await?;
+            migrated(wanted.run(&pool).await)?;
+            Ok((pool, Backend::Sqlite))
+        }
+        Database::Postgres(server) => {
+            let pool = pool(server.url(), postgres_session()).await?;
+            check_server(&pool).await?;
+            migrated(wanted.run(&pool).await)?;
+            let marks = Marks { instance: instance(&pool).await?, last: AtomicI64::new(0) };
+            Ok((pool, Backend::Postgres(Arc::new(marks))))
+        }
     }
 }
 

@@ -14,7 +14,9 @@
 
 mod admission;
 mod audit;
+mod audit_of;
 mod backend;
+mod backup;
 mod database;
 mod error;
 mod evidence;
@@ -23,11 +25,15 @@ mod managers;
 mod migrations;
 mod platforms;
 mod policies;
+mod reconcile;
+mod standing;
 mod tokens;
+mod tree;
 mod tx;
 mod vms;
 
 pub use audit::{AuditRecord, AuditVerdict, NotNext, audit_start};
+pub use backup::{BackupError, BackupHeader, back_up, restore};
 pub use database::{Database, DatabaseError, Server};
 pub use error::RegistryError;
 pub use evidence::{EventRow, PermitRow, ReservationTotals, StatementRow};
@@ -36,7 +42,9 @@ pub use managers::{Acquired, Holder, Lease, MAX_LEASE_US, ManagerRow};
 pub use migrations::MigrationRow;
 pub use platforms::{PlatformRow, PlatformVerdict, QuoteRow, ReferenceRow};
 pub use policies::{PlanRow, PolicyVersion};
+pub use standing::{LogRow, ManagerKey, Standing};
 pub use tokens::{ApiToken, JoinTokenRow, TokenUse};
+pub use tree::AuditTip;
 pub use tx::Tx;
 pub use vms::{Location, VmRow};
 
@@ -75,7 +83,38 @@ impl Registry {
     /// PostgreSQL server whose commits are not durable (`fsync=off`).
     pub async fn open(database: &Database) -> Result<Self, RegistryError> {
         let (pool, backend) = backend::open(database).await?;
+        let registry = Self { pool, backend, writer: Arc::new(Mutex::new(())) };
+        registry.grow_tree().await?;
+        Ok(registry)
+    }
+
+    /// As it is: with the schema that it has, and nothing written.
+    async fn open_as_it_is(database: &Database) -> Result<Self, RegistryError> {
+        let (pool, backend) = backend::open_as_it_is(database).await?;
         Ok(Self { pool, backend, writer: Arc::new(Mutex::new(())) })
+    }
+
+    /// With these versions of the schema, and no later one.
+    async fn open_up_to(database: &Database, versions: &[i64]) -> Result<Self, RegistryError> {
+        let (pool, backend) = backend::open_up_to(database, versions).await?;
+        Ok(Self { pool, backend, writer: Arc::new(Mutex::new(())) })
+    }
+
+    /// Hashes the entries that an older version wrote into the tree, a few at a time: others may write in between.
+    async fn grow_tree(&self) -> Result<(), RegistryError> {
+        loop {
+            // Most often there is nothing to do, which a look tells.
+            let end = self.read("audit tree").await?.audit_end().await?;
+            if end.tree.is_none_or(|tree| tree.size() >= end.head.seq) {
+                return Ok(());
+            }
+            let mut tx = self.begin("audit tree", 0).await?;
+            let more = tx.grow_tree().await?;
+            tx.commit().await?;
+            if !more {
+                return Ok(());
+            }
+        }
     }
 
     /// Begins a writing transaction. Dropping it rolls it back.

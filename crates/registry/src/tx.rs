@@ -84,6 +84,11 @@ impl Tx {
         self.now_us
     }
 
+    /// Which database.
+    pub(crate) const fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
     /// Makes it durable.
     ///
     /// An answer that gets lost on its way (PostgreSQL) is asked after, for up to ten seconds.

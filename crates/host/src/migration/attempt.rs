@@ -26,13 +26,17 @@ pub struct AttemptFile {
     pub permit: Digest,
     /// Where the target's daemon can be asked to renounce.
     pub peer_address: Option<SocketAddr>,
+    /// The token: what shows the attempt to a manager whose registry was set back.
+    #[serde(default, with = "types::permit::hex_bytes")]
+    pub token: Vec<u8>,
 }
 
 impl AttemptFile {
     /// Of a verified permit.
     #[must_use]
     pub fn new(permit: &VerifiedPermit, peer_address: Option<SocketAddr>) -> Self {
-        Self { claims: permit.claims().clone(), permit: permit.digest(), peer_address }
+        let token = permit.token().as_bytes().to_vec();
+        Self { claims: permit.claims().clone(), permit: permit.digest(), peer_address, token }
     }
 
     fn path(daemon: &Daemon, migration: MigrationId) -> PathBuf {
@@ -77,6 +81,7 @@ pub fn verify(
     side: Side,
     migration: MigrationId,
 ) -> Result<VerifiedPermit, Problem> {
+    daemon.checkpoints.may_accept()?;
     let token = PermitToken::from_bytes(token.to_vec()).map_err(|e| e.problem())?;
     let keys = lock(&daemon.permit_keys).clone();
     let permit =

@@ -104,7 +104,9 @@ impl Migrations {
         }
     }
 
-    fn is_closed(&self, migration: MigrationId) -> bool {
+    /// Whether the hand-over has ended here and at the manager.
+    #[must_use]
+    pub fn is_closed(&self, migration: MigrationId) -> bool {
         lock(&self.daemon.journal).of(migration).iter().any(|entry| match entry {
             Entry::Source(e) => matches!(e.fact, SourceFact::Closed),
             Entry::Target(e) => matches!(e.fact, TargetFact::Closed),

@@ -174,6 +174,7 @@ impl LoadHost {
             interfaces: vec![Interface { name: "eth0".to_owned(), mac: mac(self.n), addresses }],
             vms: self.vms.clone(),
             open_statements: Vec::new(),
+            ..Hello::default()
         }
     }
 

@@ -114,7 +114,7 @@ pub(crate) enum Stage {
 }
 
 impl Stage {
-    const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Permit => "permit",
             Self::Convergence => "convergence",

@@ -1,6 +1,7 @@
 //! What a host says in its session.
 
 use super::Session;
+use crate::checkpoints;
 use crate::clock;
 use crate::core::Manager;
 use crate::migration::{events, gates, handover, reconcile};
@@ -58,6 +59,11 @@ pub(super) async fn message(
             vms::reported(manager, host, &event).await
         }
         Some(B::AskRenounce(ask)) => asked(manager, session, news, ask).await,
+        Some(B::CheckpointKept(kept)) => checkpoints::not_taken(manager, session, &kept).await,
+        Some(B::Holdings(holdings)) => {
+            session.told_holdings(holdings);
+            Ok(())
+        }
         Some(B::Hello(_)) => Err(Problem::new(ErrorCode::BadRequest, "a second hello in one session")),
         // From a newer host: not understood, not harmful.
         None => Ok(()),
@@ -141,6 +147,10 @@ pub(super) async fn greeted(manager: &Arc<Manager>, session: &Arc<Session>, hell
             tracing::warn!(%host, code = %problem.code, "statement not taken: {}", problem.detail);
         }
     }
+    if let Err(problem) = checkpoints::refused(manager, session, &hello.checkpoint_refused).await {
+        tracing::warn!(%host, "cannot record that it takes no permit: {problem}");
+    }
+    checkpoints::tell(manager, std::slice::from_ref(session)).await;
     manager.watch.resend_all();
     if let Err(problem) = manager.wake_all().await {
         tracing::warn!("cannot wake the open migrations: {problem}");

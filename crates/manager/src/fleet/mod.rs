@@ -87,6 +87,12 @@ impl Fleet {
         self.lock().keys().cloned().collect()
     }
 
+    /// Every session that is heard.
+    pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
+        let now_us = clock::now_us();
+        self.lock().values().filter(|s| !s.is_silent(now_us)).cloned().collect()
+    }
+
     /// Ends every session.
     pub(crate) fn close_all(&self) {
         for session in self.lock().values() {

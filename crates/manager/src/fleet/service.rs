@@ -1,6 +1,7 @@
 //! The host protocol's server side: `Join` without a certificate, `Attach` with the host's own.
 
 use super::{inbound, join};
+use crate::checkpoints;
 use crate::core::Manager;
 use crate::fleet::Session;
 use crate::fleet::session::{HEARTBEAT_IDLE_S, HEARTBEAT_MIGRATING_S, OUTBOX_ORDERS};
@@ -169,7 +170,10 @@ async fn enter(
     let hello = hello(incoming).await?;
     let reported = interfaces(&hello.interfaces);
     let row = manager.registry.read("attach").await?.host(&host).await?;
-    let row = row.ok_or_else(|| Problem::new(ErrorCode::UnknownHost, format!("no host is named {host}")))?;
+    let row = row.ok_or_else(|| {
+        manager.forgetful.met_stranger(&host);
+        Problem::new(ErrorCode::UnknownHost, format!("no host is named {host}"))
+    })?;
     if let Err(problem) = admissible(&row, caller, &hello, &reported) {
         let mut tx = manager.begin("refuse a host").await?;
         let detail =
@@ -189,6 +193,8 @@ async fn enter(
     for vm in hello.vms.iter().take(vms::REPORTED_LIMIT).filter_map(|vm| vm.vm.parse().ok()) {
         session.holds(vm);
     }
+    // Before anything is decided with it: it may know that the log was set back.
+    session.keeps_checkpoint(checkpoints::shown(manager, &host, &hello.checkpoint).await?);
     session.tell(to_host::Body::Welcome(welcome(manager)))?;
     let mut tx = manager.begin("host attached").await?;
     tx.host_seen(&host, &hello.version.chars().take(64).collect::<String>(), &session.interfaces).await?;

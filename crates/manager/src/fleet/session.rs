@@ -1,11 +1,12 @@
 //! One host's session: orders out, replies in, and when it was last heard.
 
 use crate::clock;
-use api::fleet::{Reply, ToHost, reply, to_host};
+use api::fleet::{Holdings, Reply, ReportHoldings, ToHost, reply, to_host};
 use permit::VerifyingKey;
+use permit::checkpoint::Checkpoint;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -24,6 +25,9 @@ pub(crate) const HEARTBEAT_IDLE_S: u32 = 10;
 pub(crate) const HEARTBEAT_MIGRATING_S: u32 = 1;
 /// Three missed idle heartbeats, and a second for the road.
 const SILENCE_LIMIT_US: i64 = (3 * HEARTBEAT_IDLE_S as i64 + 1) * 1_000_000;
+
+/// Parts of what a host holds: 256 VMs each.
+const HOLDINGS_PARTS_LIMIT: usize = 64;
 
 /// A live session.
 pub(crate) struct Session {
@@ -45,6 +49,17 @@ pub(crate) struct Session {
     held: Mutex<BTreeSet<VmId>>,
     last_seen_us: AtomicI64,
     closed: CancellationToken,
+    /// The checkpoint of the audit log that the host holds, as far as is known.
+    checkpoint: Mutex<Option<Checkpoint>>,
+    contradicted: AtomicBool,
+    asking: Mutex<Option<Asking>>,
+}
+
+/// An answer that comes in parts.
+struct Asking {
+    ask: u64,
+    parts: Vec<Holdings>,
+    done: oneshot::Sender<Vec<Holdings>>,
 }
 
 impl Session {
@@ -69,6 +84,9 @@ impl Session {
             held: Mutex::default(),
             last_seen_us: AtomicI64::new(clock::now_us()),
             closed: CancellationToken::new(),
+            checkpoint: Mutex::default(),
+            contradicted: AtomicBool::new(false),
+            asking: Mutex::default(),
         })
     }
 
@@ -182,6 +200,58 @@ impl Session {
         self.held().contains(&vm)
     }
 
+    fn asking(&self) -> MutexGuard<'_, Option<Asking>> {
+        self.asking.lock().expect("no holder of this lock can panic: it only moves values in a list")
+    }
+
+    /// Asks the host for everything that it holds. Of two who ask at once, the first is left without an answer.
+    ///
+    /// # Errors
+    /// `host-unreachable`.
+    pub(crate) async fn ask_holdings(&self, limit: Duration) -> Result<Vec<Holdings>, Problem> {
+        let ask = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (done, answer) = oneshot::channel();
+        *self.asking() = Some(Asking { ask, parts: Vec::new(), done });
+        self.tell(to_host::Body::ReportHoldings(ReportHoldings { ask }))?;
+        match tokio::time::timeout(limit, answer).await {
+            Ok(Ok(parts)) => Ok(parts),
+            _ => Err(self.unreachable("did not say what it holds".to_owned())),
+        }
+    }
+
+    /// A part of the answer. One that is longer than any is dropped, and with it the question.
+    pub(crate) fn told_holdings(&self, part: Holdings) {
+        let mut asking = self.asking();
+        let Some(mut open) = asking.take_if(|open| open.ask == part.ask) else { return };
+        let last = part.last;
+        open.parts.push(part);
+        if last {
+            // Whoever asked may have given up.
+            open.done.send(open.parts).unwrap_or_default();
+        } else if open.parts.len() < HOLDINGS_PARTS_LIMIT {
+            *asking = Some(open);
+        }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Option<Checkpoint>> {
+        self.checkpoint.lock().expect("no holder of this lock can panic: it only moves a value")
+    }
+
+    /// The checkpoint that the host holds, as far as is known.
+    pub(crate) fn checkpoint(&self) -> Option<Checkpoint> {
+        self.kept().clone()
+    }
+
+    /// The host holds this one now.
+    pub(crate) fn keeps_checkpoint(&self, checkpoint: Option<Checkpoint>) {
+        *self.kept() = checkpoint;
+    }
+
+    /// Whether this is the first time that it says that a checkpoint contradicts what it holds.
+    pub(crate) fn first_contradiction(&self) -> bool {
+        !self.contradicted.swap(true, Ordering::Relaxed)
+    }
+
     /// Ends the session.
     pub(crate) fn close(&self) {
         self.closed.cancel();
@@ -244,5 +314,7 @@ pub(crate) fn order_text(body: &to_host::Body) -> &'static str {
         B::Quote(_) => "quote",
         B::DescribeHypervisor(_) => "describe-hypervisor",
         B::MicroProbe(_) => "micro-probe",
+        B::Checkpoint(_) => "checkpoint",
+        B::ReportHoldings(_) => "report-holdings",
     }
 }

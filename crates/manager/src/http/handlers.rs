@@ -4,10 +4,10 @@ use super::problem::{Body, Failure};
 use super::{App, Caller};
 use crate::migration::{control, explain, handover, request, view};
 use crate::policy::{Action, VmAction};
-use crate::{clock, hosts, tokens, vms};
+use crate::{bundle, clock, hosts, restored, tokens, vms};
 use api::http::{
-    AddToken, AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted, StartVm,
-    TokenAdded, TokenView, VmInspection, VmView,
+    AddToken, AuditEntry, AuditVerified, Explanation, HostAdded, HostView, Migrate, MigrateAccepted,
+    Reconcile, Reconciliation, StartVm, TokenAdded, TokenView, VmInspection, VmView,
 };
 use axum::Json;
 use axum::extract::{Path, Query, State};
@@ -43,7 +43,8 @@ pub(super) async fn readyz(State(app): State<App>) -> Result<&'static str, Failu
     let answer = match &*held {
         Some((at, answer)) if at.elapsed() < READY_MEMORY => answer.clone(),
         _ => {
-            let answer = app.manager.registry.probe(clock::now_us()).await.map_err(Problem::from);
+            let writes = app.manager.registry.probe(clock::now_us()).await.map_err(Problem::from);
+            let answer = writes.and_then(|()| app.manager.must_remember());
             *held = Some((Instant::now(), answer.clone()));
             answer
         }
@@ -368,15 +369,26 @@ pub(super) async fn audit(
 pub(super) async fn verify_audit(State(app): State<App>, caller: Caller) -> Answer<AuditVerified> {
     caller.may(&app, Action::Audit)?;
     let anchor = app.manager.anchor.get();
-    let verdict = app.manager.registry.read("verify audit").await?.verify_audit(anchor).await?;
+    let mut tx = app.manager.registry.read("verify audit").await?;
+    let verdict = tx.verify_audit(anchor).await?;
+    let first_missing = tx.audit_log().await?.and_then(|row| row.first_bad);
+    drop(tx);
     if let (AuditVerdict::Whole { entries, head }, None) = (&verdict, app.manager.forgetful.get()) {
         app.manager.anchor.advance(*entries, *head);
     }
-    Ok(Json(match verdict {
-        AuditVerdict::Whole { entries, head } => {
+    Ok(Json(match (verdict, app.manager.forgetful.get()) {
+        (AuditVerdict::Whole { entries, head }, None) => {
             AuditVerified { verified: true, entries, head: head.to_string(), first_bad: None, detail: None }
         }
-        AuditVerdict::Broken { first_bad, detail, entries } => AuditVerified {
+        // The chain is whole, but it is not the one that was seen.
+        (AuditVerdict::Whole { entries, head }, Some(why)) => AuditVerified {
+            verified: false,
+            entries,
+            head: head.to_string(),
+            first_bad: first_missing,
+            detail: Some(why),
+        },
+        (AuditVerdict::Broken { first_bad, detail, entries }, _) => AuditVerified {
             verified: false,
             entries,
             head: String::new(),
@@ -384,6 +396,26 @@ pub(super) async fn verify_audit(State(app): State<App>, caller: Caller) -> Answ
             detail: Some(detail),
         },
     }))
+}
+
+pub(super) async fn bundle(
+    State(app): State<App>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Result<Response, Failure> {
+    caller.may(&app, Action::Audit)?;
+    let made = bundle::make(&app.manager, parsed(&id, ErrorCode::UnknownMigration)?).await?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], bundle::to_text(&made)?).into_response())
+}
+
+/// Break-glass, like `resolve`: for whoever may vouch for machines.
+pub(super) async fn reconcile(
+    State(app): State<App>,
+    caller: Caller,
+    Body(order): Body<Reconcile>,
+) -> Answer<Reconciliation> {
+    caller.may(&app, Action::AddHost)?;
+    Ok(Json(restored::reconcile(&app.manager, &caller, &order).await?))
 }
 
 /// Prometheus text: open to whoever reaches the port, so it names no VM and no host.

@@ -50,6 +50,7 @@ pub(crate) async fn requested(
         Problem::new(ErrorCode::Forbidden, detail).hint("hosts do not move VMs on their own in this version")
     })?;
     request::fresh(statement.timestamp_unix_ms)?;
+    manager.forgetful.not_burned(statement.timestamp_unix_ms)?;
     if !tx.use_nonce(statement.nonce, from.as_str()).await? {
         return Err(request::replayed(statement.nonce));
     }
@@ -336,6 +337,7 @@ async fn grant(
     proofs: &[Option<Proof>; 2],
 ) -> Result<(), Problem> {
     let mut tx = manager.begin("grant a permit").await?;
+    crate::trust::must_be_trusted(&mut tx).await?;
     let mut row = tx
         .migration(row.id)
         .await?

@@ -40,8 +40,10 @@ pub(crate) fn read(row: &MigrationRow) -> Result<Option<HandoverRow>, RegistryEr
 /// The registry may have forgotten what it said: no open hand-over is decided by what it remembers any more (H10).
 ///
 /// # Errors
-/// The registry fails; then nothing of it happened.
-pub(crate) async fn distrust(manager: &Manager, why: &str) -> Result<(), Problem> {
+/// The registry fails; then nothing of it is written, and this process decides nothing new all the same.
+pub(crate) async fn distrust(manager: &Manager, why: &str, first_bad: Option<u64>) -> Result<(), Problem> {
+    // At once: also where it can't be written down.
+    manager.forgetful.doubt(why);
     let mut tx = manager.begin("distrust the registry").await?;
     let mut distrusted = Vec::new();
     for mut row in tx.open_migrations().await? {
@@ -52,6 +54,7 @@ pub(crate) async fn distrust(manager: &Manager, why: &str) -> Result<(), Problem
         distrusted.push(row.id);
     }
     let detail = json!({ "why": why, "migrations": distrusted });
+    crate::trust::mark(&mut tx, why, first_bad).await?;
     tx.audit(&manager.actor(), "registry.distrust", manager.config.name.as_str(), detail).await?;
     Ok(tx.commit().await?)
 }

@@ -22,7 +22,7 @@ pub(crate) mod explain;
 mod facts;
 pub(crate) mod gates;
 pub(crate) mod handover;
-mod permit;
+pub(crate) mod permit;
 pub(crate) mod probe;
 pub(crate) mod reconcile;
 pub(crate) mod request;

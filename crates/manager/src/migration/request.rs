@@ -32,9 +32,11 @@ pub(crate) async fn accept(
     request: &Migrate,
 ) -> Result<MigrationId, Problem> {
     fresh(request.timestamp_unix_ms)?;
+    manager.forgetful.not_burned(request.timestamp_unix_ms)?;
     let features = features(&manager.config, request)?;
     manager.must_remember()?;
     let mut tx = manager.begin("request a migration").await?;
+    crate::trust::must_be_trusted(&mut tx).await?;
     if !tx.use_nonce(request.nonce, &caller.principal.name).await? {
         return Err(replayed(request.nonce));
     }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use tonic::Code;
 
-fn ready() -> bool {
+pub(crate) fn ready() -> bool {
     match attest::testkit::missing() {
         None => true,
         Some(reason) => {
@@ -29,7 +29,7 @@ async fn token(world: &World, name: &str, tpm: &Value) -> String {
 }
 
 /// A host that joined with its TPM, whose state then became its reference.
-async fn attested(world: &Arc<World>, name: &str) -> Arc<FakeHost> {
+pub(crate) async fn attested(world: &Arc<World>, name: &str) -> Arc<FakeHost> {
     let tpm = Arc::new(FakeTpm::start());
     let record = json!({ "ek_name": tpm.ek_name(), "record_pcrs": [0, 4, 7] });
     let token = token(world, name, &record).await;

@@ -6,15 +6,16 @@ use crate::world::{Physical, World, mac};
 use api::fleet::fleet_client::FleetClient;
 use api::fleet::reply::Result as Outcome;
 use api::fleet::{
-    AgentReady, ChallengeRequest, Done, Hello, Hypervisor, Inspected, Interface, JoinRequest, LoadReply,
-    MigrationEvent, Prepared, Probed, Quoted, Reply, RunningVm, SignedStatement, Started, ToHost, ToManager,
-    TpmProof, to_host, to_manager,
+    AgentReady, ChallengeRequest, Done, EpochSeen, HeldVm, Hello, Holdings, Hypervisor, Inspected, Interface,
+    JoinRequest, LoadReply, MigrationEvent, OpenAttempt, Prepared, Probed, Quoted, Reply, RunningVm,
+    SignedStatement, Started, ToHost, ToManager, TpmProof, to_host, to_manager,
 };
 use attest::{Binding, PcrSelection, Purpose};
 use hyper_util::rt::TokioIo;
 use link::ca::CaCertificate;
 use link::control::{connect_manager, connect_pinned};
 use link::identity::{IdentityKey, LiveIdentity, TlsIdentity, csr_key_digest};
+use permit::checkpoint::{self, Checkpoint, Extension, NotTaken};
 use permit::{JoinToken, KeyRing, PermitToken, SigningKey, VerifyingKey};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -106,6 +107,9 @@ struct Attempt {
     gave_up: bool,
     ran: bool,
     released: bool,
+    /// The manager said that it has ended.
+    closed: bool,
+    token: Vec<u8>,
 }
 
 #[derive(Default)]
@@ -117,6 +121,8 @@ struct Inner {
     /// Statements that the manager has not confirmed.
     open: Vec<Vec<u8>>,
     permit_keys: KeyRing,
+    checkpoint: Option<(Checkpoint, Vec<u8>)>,
+    contradiction: String,
 }
 
 /// A host.
@@ -320,6 +326,8 @@ impl FakeHost {
             interfaces: interfaces(&mac(self.name.as_str())),
             vms: vms.collect(),
             open_statements: inner.open.clone(),
+            checkpoint: inner.checkpoint.as_ref().map(|(_, token)| token.clone()).unwrap_or_default(),
+            checkpoint_refused: inner.contradiction.clone(),
         }
     }
 
@@ -417,6 +425,78 @@ impl FakeHost {
         self.step(&format!("statement {kind}"));
     }
 
+    /// Takes a checkpoint as a daemon does.
+    async fn checkpoint(&self, shown: &api::fleet::Checkpoint) {
+        let kept = {
+            let mut inner = self.inner.lock().unwrap();
+            let keys = inner.permit_keys.clone();
+            let read = checkpoint::verify(&shown.token, |id| keys.find(id).copied()).unwrap();
+            let proof = shown.extension.iter().map(|h| h[..].try_into().unwrap()).collect();
+            let extension = Extension { from_size: shown.from_size, proof };
+            let held = inner.checkpoint.as_ref().map(|(held, _)| held);
+            match checkpoint::judge(held, &read, Some(&extension)) {
+                Ok(_) => {
+                    inner.checkpoint = Some((read, shown.token.clone()));
+                    inner.contradiction.clear();
+                    None
+                }
+                Err(refusal) => {
+                    if let NotTaken::Contradicts(why) = refusal {
+                        inner.contradiction = why.to_string();
+                    }
+                    let token = inner.checkpoint.as_ref().map(|(_, token)| token.clone()).unwrap_or_default();
+                    Some(api::fleet::CheckpointKept { token, contradicts: inner.contradiction.clone() })
+                }
+            }
+        };
+        if let Some(kept) = kept {
+            self.send(to_manager::Body::CheckpointKept(kept)).await;
+        }
+    }
+
+    /// The checkpoint that it holds.
+    pub(crate) fn remembers(&self) -> Option<Checkpoint> {
+        self.inner.lock().unwrap().checkpoint.as_ref().map(|(held, _)| held.clone())
+    }
+
+    /// It remembers this from now on.
+    pub(crate) fn remember(&self, checkpoint: Option<(Checkpoint, Vec<u8>)>) {
+        self.inner.lock().unwrap().checkpoint = checkpoint;
+    }
+
+    /// What it remembers, signed.
+    pub(crate) fn memory(&self) -> Option<(Checkpoint, Vec<u8>)> {
+        self.inner.lock().unwrap().checkpoint.clone()
+    }
+
+    fn holdings(&self, ask: u64) -> Holdings {
+        let inner = self.inner.lock().unwrap();
+        let specs = self.physical.lock().unwrap().specs.clone();
+        let held = inner.vms.iter().map(|(vm, epoch)| HeldVm {
+            vm: vm.to_string(),
+            epoch: *epoch,
+            state: "running".to_owned(),
+            spec_json: specs.get(vm).cloned().unwrap_or_default(),
+        });
+        let epochs = inner
+            .attempts
+            .values()
+            .map(|a| EpochSeen { vm: a.claims.key.vm.to_string(), epoch: a.claims.key.target_epoch.0 });
+        let attempts = inner.attempts.values().filter(|a| !a.closed).map(|a| OpenAttempt {
+            migration: a.claims.key.migration.to_string(),
+            side: a.side.to_string(),
+            permit: a.token.clone(),
+        });
+        Holdings {
+            ask,
+            vms: held.collect(),
+            epochs: epochs.collect(),
+            attempts: attempts.collect(),
+            checkpoint: inner.checkpoint.as_ref().map(|(_, token)| token.clone()).unwrap_or_default(),
+            last: true,
+        }
+    }
+
     /// It holds a copy of a VM of which the registry knows nothing.
     pub(crate) fn found(&self, vm: VmId, epoch: u64) {
         self.inner.lock().unwrap().vms.insert(vm, epoch);
@@ -450,9 +530,13 @@ impl FakeHost {
     async fn obey(&self, order: ToHost) {
         let Some(body) = order.body else { return };
         let kind = kind_of(&body);
-        if kind != "statement-stored" && kind != "welcome" {
+        if !["statement-stored", "welcome", "checkpoint"].contains(&kind) {
             self.seen.lock().unwrap().push(kind);
             self.step(kind);
+        }
+        if let to_host::Body::Checkpoint(shown) = &body {
+            // In the order in which they come.
+            return self.checkpoint(shown).await;
         }
         let manners = self.manners.lock().unwrap().clone();
         if manners.ignores.contains(&kind) {
@@ -530,9 +614,18 @@ impl FakeHost {
                 let mut inner = self.inner.lock().unwrap();
                 // The end answers everything that was still said of it.
                 inner.open.retain(|token| !self.is_about(token, id));
+                if let Some(attempt) = inner.attempts.get_mut(&id) {
+                    attempt.closed = true;
+                }
                 done()
             }
-            B::Control(_) | B::Renounce(_) | B::Present(_) | B::Fenced(_) | B::Welcome(_) => done(),
+            B::ReportHoldings(order) => {
+                let holdings = self.holdings(order.ask);
+                self.send(to_manager::Body::Holdings(holdings)).await;
+                done()
+            }
+            B::Present(order) => self.present(&order.key_json).await,
+            B::Checkpoint(_) | B::Control(_) | B::Renounce(_) | B::Fenced(_) | B::Welcome(_) => done(),
         }
     }
 
@@ -608,6 +701,10 @@ impl FakeHost {
 
     fn start_vm(&self, order: &api::fleet::StartVm) -> Outcome {
         let spec: types::vm::VmSpec = serde_json::from_str(&order.spec_json).unwrap();
+        if !self.inner.lock().unwrap().contradiction.is_empty() {
+            return error("audit-broken", "it remembers another log");
+        }
+        self.physical.lock().unwrap().specs.insert(spec.uuid, order.spec_json.clone());
         self.inner.lock().unwrap().vms.insert(spec.uuid, order.epoch);
         self.physical.lock().unwrap().run(spec.uuid, self.name.as_str());
         let inventory = json!({
@@ -641,6 +738,9 @@ impl FakeHost {
         if let Some(held) = inner.attempts.get(&id) {
             return Ok(held.clone());
         }
+        if !inner.contradiction.is_empty() {
+            return Err(error("audit-broken", "it remembers another log"));
+        }
         let token = PermitToken::from_bytes(token).unwrap();
         let verified = permit::verify(&token, &inner.permit_keys, crate::world::now_ms() / 1000, 5)
             .map_err(|e| error("permit-refused", &e.to_string()))?;
@@ -663,6 +763,8 @@ impl FakeHost {
             gave_up: false,
             ran: false,
             released: false,
+            closed: false,
+            token: verified.token().as_bytes().to_vec(),
         };
         inner.attempts.insert(id, attempt.clone());
         Ok(attempt)
@@ -745,6 +847,24 @@ impl FakeHost {
                 .await;
             self.state(&Statement::Prepared(TargetVote { key: claims.key, permit, evidence })).await;
         }
+    }
+
+    /// Says again where the attempt stands here.
+    async fn present(&self, key_json: &str) -> Outcome {
+        let Some(attempt) = self.known(key_json) else { return error("unknown-migration", "no record") };
+        let Attempt { side, claims, permit, voted, gave_up, ran, released, .. } = attempt;
+        let (key, evidence, prior) = (claims.key, evidence(), PriorRunState::Running);
+        let statement = match side {
+            Side::Target if gave_up => Statement::Renounced(self.renunciation(&claims, permit)),
+            Side::Target if ran => Statement::Running(RunningReceipt { key, permit, evidence, state: prior }),
+            Side::Target if voted => Statement::Prepared(TargetVote { key, permit, evidence }),
+            Side::Source if released => Statement::Released(ReleaseReceipt { key, evidence }),
+            Side::Source if gave_up => Statement::Thawed(ThawReceipt { key, had_voted: voted }),
+            Side::Source if voted => Statement::Frozen(SourceVote { key, permit, evidence, prior }),
+            Side::Target | Side::Source => return done(),
+        };
+        self.state(&statement).await;
+        done()
     }
 
     fn known(&self, key_json: &str) -> Option<Attempt> {
@@ -926,5 +1046,7 @@ fn kind_of(body: &to_host::Body) -> &'static str {
         B::Quote(_) => "quote",
         B::DescribeHypervisor(_) => "describe-hypervisor",
         B::MicroProbe(_) => "micro-probe",
+        B::Checkpoint(_) => "checkpoint",
+        B::ReportHoldings(_) => "report-holdings",
     }
 }

@@ -4,6 +4,7 @@
 
 mod admission;
 mod attesting;
+mod bundling;
 mod fake_host;
 mod fake_tpm;
 mod http;
@@ -12,6 +13,7 @@ mod migrating;
 mod policies;
 #[path = "../../../registry/tests/support/postgres.rs"]
 mod postgres;
+mod reconciling;
 mod restarting;
 mod sharing;
 #[path = "../../../engine/tests/support/skip.rs"]

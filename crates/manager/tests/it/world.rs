@@ -29,6 +29,8 @@ pub(crate) struct Physical {
     /// Migrations whose stream is out.
     pub(crate) streamed: BTreeSet<types::MigrationId>,
     pub(crate) most: usize,
+    /// Specs of the VMs that were started, as hosts remember them.
+    pub(crate) specs: BTreeMap<VmId, String>,
 }
 
 impl Physical {
@@ -54,7 +56,7 @@ pub(crate) struct World {
     manager: Mutex<Option<Process>>,
     state: std::path::PathBuf,
     /// The manager's name, and the URL of the registry that it shares.
-    shared: Option<(&'static str, String)>,
+    shared: Mutex<Option<(&'static str, String)>>,
 }
 
 struct Process {
@@ -166,7 +168,7 @@ impl World {
         let world = Arc::new(Self {
             _folder: folder,
             state,
-            shared,
+            shared: Mutex::new(shared),
             physical: Arc::default(),
             hosts_port: Arc::default(),
             manager: Mutex::new(None),
@@ -175,13 +177,18 @@ impl World {
         world
     }
 
+    /// From its next start on the registry is at this URL.
+    pub(crate) fn share(&self, url: &str) {
+        *self.shared.lock().unwrap() = Some(("manager", url.to_owned()));
+    }
+
     pub(crate) fn state(&self) -> std::path::PathBuf {
         self.state.clone()
     }
 
-    fn config(&self) -> Config {
+    pub(crate) fn config(&self) -> Config {
         let mut config = config(&self.state());
-        if let Some((name, url)) = &self.shared {
+        if let Some((name, url)) = &*self.shared.lock().unwrap() {
             (config.name, config.registry) = (name.parse().unwrap(), Some(url.parse().unwrap()));
         }
         config

@@ -2,9 +2,10 @@
 
 use super::{Client, ClientError, EventStream, INSPECT_LIMIT, REQUEST_LIMIT, VM_LIMIT};
 use api::http::{
-    AddPlan, AddToken, AllowValue, AttestationView, AuditEntry, AuditVerified, Explanation, HostAdded,
-    HostView, Migrate, MigrateAccepted, PlanView, PolicyContent, PolicyRollback, PolicySetView,
-    RecordReference, ReferenceView, StartVm, TokenAdded, TokenView, VmInspection, VmView,
+    AddPlan, AddToken, AllowValue, AttestationView, AuditEntry, AuditVerified, Bundle, Explanation,
+    HostAdded, HostView, Migrate, MigrateAccepted, PlanView, PolicyContent, PolicyRollback, PolicySetView,
+    Reconcile, Reconciliation, RecordReference, ReferenceView, StartVm, TokenAdded, TokenView, VmInspection,
+    VmView,
 };
 use std::collections::VecDeque;
 use types::host::HostSpec;
@@ -219,6 +220,16 @@ impl Client {
     /// Verifies the audit log.
     pub(crate) async fn verify_audit(&self) -> Result<AuditVerified, ClientError> {
         self.get("/v1/audit/verify").await
+    }
+
+    /// Everything about one migration that can be verified offline.
+    pub(crate) async fn bundle(&self, id: MigrationId) -> Result<Bundle, ClientError> {
+        self.get(&format!("/v1/migrations/{id}/bundle")).await
+    }
+
+    /// Says what a reconciliation would do, or does it. Every host is asked.
+    pub(crate) async fn reconcile(&self, order: &Reconcile) -> Result<Reconciliation, ClientError> {
+        self.post("/v1/audit/reconcile", order, INSPECT_LIMIT).await
     }
 
     /// The last `limit` entries of the audit log, oldest first. The log is read page by page, and only as much is

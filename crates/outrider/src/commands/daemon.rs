@@ -1,7 +1,9 @@
 //! `manager run`, `host run`, `host join`: configuration, logging, signals, and the daemon itself.
 
 use super::{DONE, Outcome, read_input};
-use crate::args::{Format, HostEk, HostJoin, HostRun, HostSettings, Log, LogFormat, ManagerRun};
+use crate::args::{
+    Format, HostEk, HostJoin, HostRun, HostSettings, Log, LogFormat, ManagerRun, RegistryPlace,
+};
 use crate::config::{ConfigError, load_table};
 use crate::error::{Error, InputError};
 use crate::output;
@@ -45,6 +47,15 @@ fn manager_config(args: &ManagerRun) -> Result<manager::Config, Error> {
     file.set("operator_listen", args.operator_listen.clone());
     file.set("hosts_listen", args.hosts_listen.clone());
     file.set("hosts_advertise", args.hosts_advertise.clone());
+    let config: manager::Config = file.parse()?;
+    config.validate().map_err(Error::Daemon)?;
+    Ok(config)
+}
+
+/// As `manager run` would have it, for what works on its registry.
+pub(super) fn registry_config(place: &RegistryPlace) -> Result<manager::Config, Error> {
+    let mut file = load_table(place.config.as_deref(), Path::new(MANAGER_FILE), "manager.toml")?;
+    file.set("state_folder", text(place.state.as_ref()));
     let config: manager::Config = file.parse()?;
     config.validate().map_err(Error::Daemon)?;
     Ok(config)

@@ -1,6 +1,7 @@
 //! One module per noun. Each returns the exit code of its outcome, or the error that ended it.
 
 mod audit;
+mod backup;
 mod daemon;
 mod host;
 mod migrate;
@@ -45,6 +46,8 @@ pub(crate) fn run(cli: Cli) -> Outcome {
         Command::Migrate(args) => ask(migrate::run(args, format)),
         Command::Migration(command) => ask(migration::run(command, format)),
         Command::Audit(command) => ask(audit::run(command, format)),
+        Command::Backup(args) => backup::back_up(&args, format),
+        Command::Restore(args) => backup::restore(&args, format),
         Command::Token(command) => ask(token::run(command, format)),
         Command::Reference(command) => ask(reference::run(command, format)),
         Command::Policy(PolicyCommand::Check(args)) => policy::check(&args, format),

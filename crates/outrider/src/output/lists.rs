@@ -4,7 +4,7 @@ use super::layout::{Facts, columns};
 use super::text::{bold, cut};
 use super::time::{duration, instant, relative, to_seconds};
 use crate::size::format_bytes;
-use api::http::{AuditEntry, AuditVerified, HostView, TokenView, VmView};
+use api::http::{AuditEntry, AuditVerified, BundleVerified, HostView, TokenView, VmView};
 use jiff::Timestamp;
 use serde::Serialize;
 use types::MigrationId;
@@ -218,6 +218,23 @@ pub(crate) fn verdict(v: &AuditVerified, width: usize) -> String {
     facts.add_some("First bad", v.first_bad.map(|s| format!("entry {s}")));
     facts.add_some("Why", v.detail.as_ref());
     facts.add("Head", &v.head);
+    facts.render(width)
+}
+
+/// The verdict on a bundle.
+pub(crate) fn bundle_verdict(v: &BundleVerified, width: usize) -> String {
+    let title = if v.verified { "the bundle holds" } else { "THE BUNDLE DOES NOT HOLD" };
+    let mut facts = Facts::new(bold(title));
+    facts.add_some("Migration", v.migration.map(|id| id.to_string()));
+    facts.add_some("Wrong", v.first_wrong.as_ref());
+    if v.verified {
+        facts.add("Shows", format!("{} entries of the log, {} statements", v.entries, v.statements));
+        facts.add_some("Log", v.log.map(|log| format!("{log}, with {} entries", v.log_entries)));
+        let note = if v.trusted { "" } else { " (not compared with any: give --key)" };
+        for key in &v.keys {
+            facts.add("Signed by", format!("{key}{note}"));
+        }
+    }
     facts.render(width)
 }
 

@@ -8,6 +8,7 @@ pub(crate) mod lists;
 pub(crate) mod platforms;
 pub(crate) mod policies;
 pub(crate) mod progress;
+pub(crate) mod reconciliation;
 pub(crate) mod report;
 #[cfg(test)]
 pub(crate) mod samples;

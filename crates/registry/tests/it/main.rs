@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod audit;
+mod backup;
 mod cuts;
 mod faults;
 mod full_disk;
@@ -17,3 +18,4 @@ mod schema;
 #[path = "../../../engine/tests/support/skip.rs"]
 mod skip;
 mod tls;
+mod tree;
