@@ -190,3 +190,63 @@ async fn a_permit_names_the_quote_that_was_given_or_is_refused() {
         assert!(error.detail.contains("wrong-quote") && error.detail.contains(part), "{error:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tpm_that_went_away_is_said_to_be_and_is_used_again_when_it_is_back() {
+    if !ready() {
+        return;
+    }
+    let base = tempfile::tempdir().unwrap();
+    let manager = Manager::start(base.path()).await;
+    let mut swtpm = Swtpm::start().unwrap();
+    let _host = start(&manager, base.path(), "host-b", &swtpm, "").await;
+    let before = Evidence::from_bytes(&quote(&manager, "host-b", None, 1).await.evidence).unwrap();
+    swtpm.power_off();
+    for _ in 0..2 {
+        let order = fleet::Quote {
+            nonce: Nonce::from_bytes([2; 16]).to_string(),
+            selection_json: serde_json::to_string(&selection()).unwrap(),
+            ..fleet::Quote::default()
+        };
+        let error = manager.order("host-b", to_host::Body::Quote(order)).await.unwrap_err();
+        assert_eq!(error.code, "attestation-failed", "{error:?}");
+        assert!(error.detail.contains("this host's TPM"), "{error:?}");
+    }
+    swtpm.power_on().unwrap();
+    let after = Evidence::from_bytes(&quote(&manager, "host-b", None, 3).await.evidence).unwrap();
+    assert_eq!(before.ak_public.as_slice(), after.ak_public.as_slice(), "the same key, loaded anew");
+}
+
+/// Joining makes a key; one that can't be kept is no key, and a kept one that is damaged is not replaced in silence.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_cannot_be_kept_or_read_stops_the_join() {
+    if !ready() {
+        return;
+    }
+    let base = tempfile::tempdir().unwrap();
+    let manager = Manager::start(base.path()).await;
+    let swtpm = Swtpm::start().unwrap();
+    let state = base.path().join("s");
+    let join = || outrider_host::JoinConfig {
+        token: manager.token("host-b"),
+        state_folder: state.clone(),
+        manager: None,
+        tpm: Some(swtpm.address().clone()),
+        tpm_event_log: None,
+    };
+    // A folder stands where the key is to be: as little can be written there as on a full disk.
+    std::fs::create_dir_all(state.join("attestation-key")).unwrap();
+    let problem = outrider_host::join(&join()).await.unwrap_err();
+    assert!(problem.detail.contains("attestation-key"), "{problem:?}");
+    std::fs::remove_dir(state.join("attestation-key")).unwrap();
+    std::fs::write(state.join("attestation-key"), b"garbage").unwrap();
+    let problem = outrider_host::join(&join()).await.unwrap_err();
+    assert_eq!(problem.code, types::ErrorCode::AttestationFailed);
+    assert!(problem.detail.contains("damaged"), "{problem:?}");
+    std::fs::remove_file(state.join("attestation-key")).unwrap();
+    outrider_host::join(&join()).await.unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::mode(
+        &std::fs::metadata(state.join("attestation-key")).unwrap().permissions(),
+    );
+    assert_eq!(mode & 0o777, 0o600);
+}
